@@ -1,0 +1,65 @@
+# Every target works in a fresh clone with nothing but make and Python 3.11 or newer: it sets up .venv first, when that is missing or older than pyproject.toml.
+# Another interpreter: make PYTHON=python3.12 demo. More arguments: make test ARGS="tests/pools -x", make demo ARGS=--help.
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS :=
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do "$$p" -c '$(RECENT)' 2>/dev/null && { echo "$$p"; break; }; done)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint types bench clean
+
+help:
+	@echo "make demo    merge the models of the embedded zoo with every method and print one table"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    ruff: rules and formatting"
+	@echo "make types   mypy on the installed subpackages"
+	@echo "make bench   speed and memory of the operators and of a solve, as ratios"
+	@echo "make clean   remove .venv, build outputs and caches (runs/ stays)"
+
+demo: $(VENV)/.demo
+	@$(BIN)/mergesolve demo $(ARGS)
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# mypy does not follow the finder of an ordinary editable install, and has to see what users get: a regular install of its own, made anew each time.
+# build/lib goes first, because setuptools would ship modules from it that were deleted since.
+types: $(VENV)/.lint
+	@rm -rf build/lib build/types
+	@$(INSTALL) --no-deps --target build/types .
+	@MYPYPATH=build/types $(BIN)/mypy $$(ls build/types/mergesolve | sed 's/^/-p mergesolve./') > build/types.log; status=$$?; \
+	  sed 's|^build/types/mergesolve/||' build/types.log; exit $$status
+
+bench: $(VENV)/.demo
+	@$(BIN)/python benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c '$(RECENT)' 2>/dev/null || { \
+	  echo "mergesolve needs Python 3.11 or newer; found $$("$(or $(PYTHON),python3)" --version 2>&1). Name one with: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# One stamp for each set of dependencies. The test set holds the demo's, so a fresh clone that starts with `make test` installs once.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "Installing mergesolve into $(VENV): one to five minutes, most of it PyTorch (about 5.5 GB on disk with its CUDA libraries)."
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "Installing mergesolve and the test tools into $(VENV): one to five minutes, most of it PyTorch (about 5.5 GB on disk with its CUDA libraries)."
+	@$(INSTALL) -e '.[test]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.demo
+	@echo "Installing ruff, mypy and pre-commit into $(VENV): under a minute."
+	@$(INSTALL) -e '.[lint]'
+	@touch $@
