@@ -1,0 +1,66 @@
+"""What "good" means, as loss and gradient over weights: tasks, models, objectives and evaluation.
+
+Names are imported when they are first used, so that `mergesolve.objectives.registry` costs no import of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .clip import CLIP
+    from .cross_entropy import CrossEntropy
+    from .distillation import Distillation
+    from .entropy import Entropy
+    from .errors import DataError
+    from .evaluation import Scores, accuracy, evaluate
+    from .models import Model, ModuleModel, Weights
+    from .objective import Evaluation, Objective, TaskObjective
+    from .task import Task, joint
+
+_MODULES = {
+    "CLIP": "clip",
+    "CrossEntropy": "cross_entropy",
+    "DataError": "errors",
+    "Distillation": "distillation",
+    "Entropy": "entropy",
+    "Evaluation": "objective",
+    "Model": "models",
+    "ModuleModel": "models",
+    "Objective": "objective",
+    "Scores": "evaluation",
+    "Task": "task",
+    "TaskObjective": "objective",
+    "Weights": "models",
+    "accuracy": "evaluation",
+    "evaluate": "evaluation",
+    "joint": "task",
+}
+
+__all__ = [
+    "CLIP",
+    "CrossEntropy",
+    "DataError",
+    "Distillation",
+    "Entropy",
+    "Evaluation",
+    "Model",
+    "ModuleModel",
+    "Objective",
+    "Scores",
+    "Task",
+    "TaskObjective",
+    "Weights",
+    "accuracy",
+    "evaluate",
+    "joint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
