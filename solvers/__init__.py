@@ -1,0 +1,79 @@
+"""Solvers: minimize an objective over the coefficients of a merge, with a certificate.
+
+result = solve(Problem(pool, objective, blocks="layer", domain="capped"), FrankWolfe())
+"""
+
+from .adaptive import AdaptiveGradient
+from .domains import DOMAINS, Box, Capped, Domain, Free, Simplex, make_domain
+from .driver import solve
+from .errors import OptionError
+from .frank_wolfe import FrankWolfe
+from .loop import STATUSES
+from .points import Point, Scan, start_point
+from .presets import PRESETS
+from .problem import Counts, Evaluation, FunctionProblem, MatrixProblem, Problem, Restriction
+from .projected_gradient import ProjectedGradient
+from .registry import SOLVERS, make_solver
+from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
+from .result import Result
+from .soft_frank_wolfe import SoftFrankWolfe
+from .solver import Certificate, Clock, Solver, State, Step
+from .step_rules import (
+    STEP_RULES,
+    Backtracking,
+    Fixed,
+    LineSearch,
+    OpenLoop,
+    Search,
+    ShortStep,
+    StepRule,
+    make_step_rule,
+)
+from .trace import read_trace
+
+__all__ = [
+    "DOMAINS",
+    "PRESETS",
+    "SOLVERS",
+    "STATUSES",
+    "STEP_RULES",
+    "AdaptiveGradient",
+    "Backtracking",
+    "Box",
+    "Capped",
+    "Certificate",
+    "Clock",
+    "Counts",
+    "Domain",
+    "Evaluation",
+    "Fixed",
+    "FrankWolfe",
+    "Free",
+    "FunctionProblem",
+    "LineSearch",
+    "MatrixProblem",
+    "OpenLoop",
+    "OptionError",
+    "Point",
+    "Problem",
+    "ProjectedGradient",
+    "ReleasedFrankWolfe",
+    "ReleasedSoftFrankWolfe",
+    "Restriction",
+    "Result",
+    "Scan",
+    "Search",
+    "ShortStep",
+    "Simplex",
+    "SoftFrankWolfe",
+    "Solver",
+    "State",
+    "Step",
+    "StepRule",
+    "make_domain",
+    "make_solver",
+    "make_step_rule",
+    "read_trace",
+    "solve",
+    "start_point",
+]

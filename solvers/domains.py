@@ -1,0 +1,206 @@
+"""Feasible sets of the coefficients Λ [rows, experts]: a product of one small set a row.
+
+Each domain knows its projection Π (Euclidean), its linear minimization oracle V = argmin_{V in domain} ⟨V, S⟩,
+and with it the Frank-Wolfe gap ⟨Λ, S⟩ − ⟨V, S⟩, which is nonnegative, zero only at a stationary point, and an upper
+bound of f(Λ) − f* when f is convex (FW-Merging, eq. 4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .construct import construct, describe
+from .errors import OptionError, check_number
+
+Array = np.ndarray[Any, Any]
+FEASIBILITY = 1e-9
+BASE = -1  # the index of the base among the vertices of a domain that contains it
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Common part of the domains. ``has_vertices``: its rows are convex hulls of experts (and base)."""
+
+    source: ClassVar[str] = ""
+    has_vertices: ClassVar[bool] = False
+    has_base: ClassVar[bool] = False
+
+    def project(self, point: Array) -> Array:
+        """Return the nearest point of the domain, row by row [rows, n]."""
+        raise NotImplementedError
+
+    def violation(self, point: Array) -> Array:
+        """Return by how much each row breaks its worst constraint [rows]; 0 inside."""
+        raise NotImplementedError
+
+    def minimizer(self, scores: Array) -> Array:
+        """Return argmin ⟨V, scores⟩ over the domain [rows, n]: the hard linear minimization oracle."""
+        raise NotImplementedError
+
+    def vertices(self, scores: Array, k: int = 1) -> Array:
+        """Return the k best vertices of each row, best first [k, rows]: the soft oracle. BASE stands for the base."""
+        raise OptionError(
+            f"The domain {self.name!r} has no experts as vertices; the soft oracle needs 'simplex' or 'capped'."
+        )
+
+    def gap(self, point: Array, scores: Array) -> float | None:
+        """Return the Frank-Wolfe gap max_V ⟨scores, point − V⟩ ≥ 0, or None where the domain is unbounded."""
+        rowwise = np.sum((point - self.minimizer(scores)) * scores, axis=1)
+        return max(0.0, math.fsum(rowwise))
+
+    def stationarity(self, point: Array, scores: Array) -> float:
+        """Return ‖Λ − Π(Λ − S)‖, zero exactly at the stationary points of any domain."""
+        return float(np.linalg.norm(point - self.project(point - scores)))
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        return next(name for name, cls in DOMAINS.items() if cls is type(self))
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and options."""
+        return describe(self, DOMAINS)
+
+
+@dataclass(frozen=True)
+class Simplex(Domain):
+    """Λ ≥ 0 with rows that sum to 1: the convex hull of the experts."""
+
+    source: ClassVar[str] = "FW-Merging, eq. 5; projection: Held, Wolfe and Crowder (1974)"
+    has_vertices: ClassVar[bool] = True
+
+    def project(self, point: Array) -> Array:
+        """Sort each row, find the threshold τ with Σ max(λ − τ, 0) = 1, and shift by it."""
+        n = point.shape[1]
+        descending = -np.sort(-point, axis=1)
+        thresholds = (np.cumsum(descending, axis=1) - 1.0) / np.arange(1, n + 1)
+        support = np.count_nonzero(descending > thresholds, axis=1)
+        threshold = np.take_along_axis(thresholds, support[:, None] - 1, axis=1)
+        return np.maximum(point - threshold, 0.0)
+
+    def violation(self, point: Array) -> Array:
+        """Largest of the negative parts and the distance of the sum from 1."""
+        return np.maximum(np.abs(point.sum(axis=1) - 1.0), np.maximum(-point.min(axis=1), 0.0))
+
+    def minimizer(self, scores: Array) -> Array:
+        """One expert a row: the smallest score."""
+        return indicator(self.vertices(scores)[0], scores.shape[1])
+
+    def vertices(self, scores: Array, k: int = 1) -> Array:
+        """Experts by ascending score; ties go to the first in the pool."""
+        return np.argsort(scores, axis=1, kind="stable")[:, :k].T
+
+
+@dataclass(frozen=True)
+class Capped(Domain):
+    """Λ ≥ 0 with rows that sum to at most 1: the convex hull of the experts and the base."""
+
+    source: ClassVar[str] = "FW-Merging, section 3.2 (the hull with θ0 added)"
+    has_vertices: ClassVar[bool] = True
+    has_base: ClassVar[bool] = True
+
+    def project(self, point: Array) -> Array:
+        """Clip at 0; rows that then sum to more than 1 go to the simplex."""
+        clipped = np.maximum(point, 0.0)
+        over = clipped.sum(axis=1) > 1.0
+        if over.any():
+            clipped[over] = Simplex().project(point[over])
+        return clipped
+
+    def violation(self, point: Array) -> Array:
+        """Largest of the negative parts and the excess of the sum over 1."""
+        return np.maximum(np.maximum(point.sum(axis=1) - 1.0, 0.0), np.maximum(-point.min(axis=1), 0.0))
+
+    def minimizer(self, scores: Array) -> Array:
+        """One expert a row, or the base (a row of zeros) where no score is negative."""
+        return indicator(self.vertices(scores)[0], scores.shape[1])
+
+    def vertices(self, scores: Array, k: int = 1) -> Array:
+        """Experts and base by ascending score; the base scores 0, since its task vector is 0."""
+        with_base = np.hstack([np.zeros((len(scores), 1)), scores])
+        return np.argsort(with_base, axis=1, kind="stable")[:, :k].T - 1
+
+
+@dataclass(frozen=True)
+class Box(Domain):
+    """Every coefficient between ``lower`` and ``upper`` (AdaMerging, clamped)."""
+
+    lower: float = 0.0
+    upper: float = 1.0
+    source: ClassVar[str] = "AdaMerging (Yang et al. 2024), clamped coefficients"
+
+    def __post_init__(self) -> None:
+        check_number(self, "lower", -math.inf, math.inf, closed="neither")
+        check_number(self, "upper", self.lower, math.inf, closed="neither")
+
+    def project(self, point: Array) -> Array:
+        """Clip."""
+        return np.clip(point, self.lower, self.upper)
+
+    def violation(self, point: Array) -> Array:
+        """Largest excess over a bound."""
+        return np.maximum(np.maximum(self.lower - point, point - self.upper).max(axis=1), 0.0)
+
+    def minimizer(self, scores: Array) -> Array:
+        """Upper bound where the score is negative, else the lower one."""
+        return np.where(scores < 0, self.upper, self.lower)
+
+
+@dataclass(frozen=True)
+class Free(Domain):
+    """No constraint. There is no linear oracle and no gap; ‖S‖ certifies stationarity."""
+
+    source: ClassVar[str] = "AdaMerging (Yang et al. 2024)"
+
+    def project(self, point: Array) -> Array:
+        """Everything is feasible."""
+        return point
+
+    def violation(self, point: Array) -> Array:
+        """No row can break anything."""
+        return np.zeros(len(point))
+
+    def minimizer(self, scores: Array) -> Array:
+        """Refuse: a linear function has no minimum without constraints."""
+        raise OptionError(
+            "The domain 'free' is unbounded, so it has no linear minimization oracle. "
+            "Frank-Wolfe needs 'simplex', 'capped' or 'box'; use projected gradient or AdaMerging on 'free'."
+        )
+
+    def gap(self, point: Array, scores: Array) -> float | None:
+        """None: the gap of an unbounded domain is infinite unless the scores are 0."""
+        return None
+
+
+def indicator(vertices: Array, n: int) -> Array:
+    """Return the rows e_i of the chosen vertices [rows, n]; a row of zeros for BASE."""
+    rows = np.zeros((len(vertices), n))
+    chosen = vertices != BASE
+    rows[np.flatnonzero(chosen), vertices[chosen]] = 1.0
+    return rows
+
+
+def check_feasible(domain: Domain, point: Array, row_names: tuple[str, ...], what: str) -> None:
+    """Raise OptionError if ``point`` leaves the domain by more than 1e-9, naming the worst row."""
+    violation = domain.violation(point)
+    worst = int(np.argmax(violation))
+    if violation[worst] > FEASIBILITY:
+        row = point[worst]
+        raise OptionError(
+            f"{what} is outside the domain '{domain.name}' at block '{row_names[worst]}': its coefficients sum to "
+            f"{row.sum():.6g} and lie in [{row.min():.6g}, {row.max():.6g}], a violation of {violation[worst]:.3g}. "
+            "Start from 'average', choose a domain that contains the point ('capped' contains the base, 'free' "
+            "everything), or project it first."
+        )
+
+
+DOMAINS: dict[str, type[Domain]] = {"simplex": Simplex, "capped": Capped, "box": Box, "free": Free}
+
+
+def make_domain(spec: object) -> Domain:
+    """Return a domain from an instance, a name, or a mapping with a name and options."""
+    return construct("domain", DOMAINS, spec)

@@ -1,0 +1,74 @@
+"""The one loop: draw, evaluate, certify, stop or step. The driver and the inner problems of solvers run it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .problem import Evaluation, MatrixProblem
+from .solver import Certificate, Clock, Solver, State, Step
+
+OPTIMAL = "optimal"
+STALLED = "stalled"
+MAX_ITER = "max_iter"
+TIME_LIMIT = "time_limit"
+INTERRUPTED = "interrupted"
+NONFINITE = "nonfinite"
+STATUSES = (OPTIMAL, STALLED, MAX_ITER, TIME_LIMIT, INTERRUPTED, NONFINITE)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One iterate: where it was, what was found there, and the step taken from it or the status that ended the loop."""
+
+    iteration: int
+    state: State
+    evaluation: Evaluation
+    certificate: Certificate
+    step: Step | None = None
+    status: str | None = None
+
+
+def iterate(
+    problem: MatrixProblem,
+    solver: Solver,
+    state: State,
+    *,
+    max_iter: int,
+    tol: float,
+    rtol: float = 0.0,
+    first: int = 0,
+) -> Iterator[Visit]:
+    """Yield one visit an iterate; the last one has a status.
+
+    Ends with optimal (certificate ≤ max(tol, rtol·|f|) on a deterministic objective; on minibatches the certificate
+    is an estimate and ends nothing), stalled (a step that changes nothing although the objective is deterministic),
+    max_iter, or nonfinite (f or S is NaN or infinite; the coefficients are those before the fault).
+    """
+    iteration = first
+    while True:
+        problem.draw(iteration)
+        evaluation = problem.evaluate(state.coefficients, tasks=solver.needs_task_scores, raw=solver.needs_raw_inner)
+        if not math.isfinite(evaluation.value) or not np.isfinite(evaluation.scores).all():
+            yield Visit(iteration, state, evaluation, Certificate(None, math.nan), status=NONFINITE)
+            return
+        certificate = solver.certificate(problem, state.coefficients, evaluation)
+        status = None
+        if not problem.stochastic and certificate.holds(max(tol, rtol * abs(evaluation.value))):
+            status = OPTIMAL
+        elif iteration >= max_iter:
+            status = MAX_ITER
+        if status is not None:
+            yield Visit(iteration, state, evaluation, certificate, status=status)
+            return
+        step = solver.step(problem, state, evaluation, Clock(iteration, max_iter))
+        stuck = not problem.stochastic and np.array_equal(step.state.coefficients, state.coefficients)
+        if stuck and not solver.may_rest:
+            yield Visit(iteration, state, evaluation, certificate, status=STALLED)
+            return
+        yield Visit(iteration, state, evaluation, certificate, step)
+        state = step.state
+        iteration += 1

@@ -1,0 +1,28 @@
+"""The table of solvers that the command line, the docs and the common tests read. Adding one is one line here."""
+
+from __future__ import annotations
+
+from .adaptive import AdaptiveGradient
+from .construct import construct
+from .frank_wolfe import FrankWolfe
+from .points import Point, Scan
+from .projected_gradient import ProjectedGradient
+from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
+from .soft_frank_wolfe import SoftFrankWolfe
+from .solver import Solver
+
+SOLVERS: dict[str, type[Solver]] = {
+    "frank-wolfe": FrankWolfe,
+    "soft-frank-wolfe": SoftFrankWolfe,
+    "projected-gradient": ProjectedGradient,
+    "adaptive": AdaptiveGradient,
+    "point": Point,
+    "scan": Scan,
+    "released-frank-wolfe": ReleasedFrankWolfe,
+    "released-soft-frank-wolfe": ReleasedSoftFrankWolfe,
+}
+
+
+def make_solver(spec: object) -> Solver:
+    """Return a solver from an instance, a name, or a mapping with a name and options."""
+    return construct("solver", SOLVERS, spec)

@@ -1,0 +1,123 @@
+"""What a solver is: a frozen record of options that turns one state into the next.
+
+The driver (:mod:`.driver`) owns the loop: it draws the batch, evaluates f and S at the state's coefficients, computes
+the certificate, tests for the end, and only then asks for a step. So a solver cannot get a status wrong, and never
+writes a loop, a trace or a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from .construct import describe
+from .domains import Domain
+from .errors import OptionError
+from .problem import Evaluation, MatrixProblem
+from .step_rules import Memory, Search, StepRule
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that the next step depends on: the coefficients and the solver's own arrays (float64)."""
+
+    coefficients: Array
+    memory: Memory = field(default_factory=dict)
+
+
+class Clock(NamedTuple):
+    """Where the loop is: the iteration, counted from 0, and how many there will be at most."""
+
+    iteration: int
+    max_iter: int
+
+
+class Step(NamedTuple):
+    """What a solver returns: the next state, the step size, and the vertices it moved to [k, rows] (BASE = −1)."""
+
+    state: State
+    size: float
+    vertices: Array | None = None
+
+
+class Certificate(NamedTuple):
+    """Optimality at a point: Frank-Wolfe gap (None on an unbounded domain) and projected-gradient norm."""
+
+    gap: float | None
+    stationarity: float
+
+    def holds(self, tolerance: float) -> bool:
+        """Whether the point is optimal to ``tolerance``: by the gap, or where there is none, by stationarity."""
+        return (self.stationarity if self.gap is None else self.gap) <= tolerance
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Common part of the solvers."""
+
+    source: ClassVar[str] = ""
+    needs_task_scores: ClassVar[bool] = False
+    needs_raw_inner: ClassVar[bool] = False
+    may_rest: ClassVar[bool] = False  # a step may leave Λ as it is without the solve being stuck
+    resamples: ClassVar[bool] = False  # as an inner solver, wants a new batch for each of its iterations
+
+    def check(self, problem: MatrixProblem) -> None:
+        """Raise OptionError if this solver cannot run on ``problem``."""
+
+    def init(self, problem: MatrixProblem, start: Array) -> State:
+        """Return the state before the first step."""
+        return State(start)
+
+    def step(self, problem: MatrixProblem, state: State, evaluation: Evaluation, clock: Clock) -> Step:
+        """Return the next state from the value and scores at ``state.coefficients``."""
+        raise NotImplementedError
+
+    def certificate(self, problem: MatrixProblem, point: Array, evaluation: Evaluation) -> Certificate:
+        """Return gap and stationarity by their definitions."""
+        domain: Domain = problem.domain
+        return Certificate(domain.gap(point, evaluation.scores), domain.stationarity(point, evaluation.scores))
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and options, from which the registry makes the solver again."""
+        from .registry import SOLVERS  # the table lists this class's children
+
+        return describe(self, SOLVERS)
+
+
+def move(
+    rule: StepRule,
+    problem: MatrixProblem,
+    state: State,
+    evaluation: Evaluation,
+    direction: Array,
+    limit: float,
+    iteration: int,
+) -> tuple[Array, float]:
+    """Return Λ + γD and γ, with γ in [0, limit] from the step rule."""
+    if not np.any(direction):
+        return state.coefficients, 0.0
+    line = problem.line(state.coefficients, direction)
+    search = Search(
+        iteration=iteration,
+        value=evaluation.value,
+        slope=float(np.sum(direction * evaluation.scores)),
+        squared_norm=float(np.sum(direction**2)),
+        limit=limit,
+        along=line.value,
+        resolution=problem.resolution,
+    )
+    size = rule(search, state.memory)
+    line.accept(size)
+    return state.coefficients + size * direction, size
+
+
+def require_vertices(solver: str, problem: MatrixProblem) -> None:
+    """Raise OptionError unless the domain's extreme points are experts."""
+    if not problem.domain.has_vertices:
+        raise OptionError(
+            f"{solver} moves between experts and needs the domain 'simplex' or 'capped'; got {problem.domain.name!r}."
+        )
