@@ -1,0 +1,11 @@
+"""Checkpoints on disk as a linear operator with an adjoint.
+
+combine(Λ) = θ0 + Σ_i Λ[b,i] τ_{i,b},    correlate(G)[b,i] = ⟨G_b, τ_{i,b}⟩,    τ_i = θ_i − θ0
+"""
+
+from .blocks import KINDS, Blocks
+from .errors import PoolError
+from .operator import Weights
+from .pool import BACKENDS, Pool
+
+__all__ = ["BACKENDS", "KINDS", "Blocks", "Pool", "PoolError", "Weights"]

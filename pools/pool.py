@@ -1,0 +1,548 @@
+"""Pool: checkpoints on disk as a linear operator with an adjoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from . import memory, operator
+from .blocks import Blocks, make_blocks
+from .checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, model_folder, open_checkpoint
+from .compatibility import RenamedCheckpoint, mergeable
+from .errors import PoolError, listing, nearest
+from .operator import Matrix, Weights
+from .resident import Resident, resident_nbytes
+from .sources import Scratch, Selected, Shape, Stored, TaskVectors, Transform, Transformed
+from .spec import Spec, parse_dtype, parse_spec
+from .workers import Workers
+from .writer import write_checkpoint
+
+Backend = Literal["auto", "streaming", "resident"]
+BACKENDS = ("auto", "streaming", "resident")
+
+STREAMING_PIECE = 1 << 17  # elements: 512 kB of float32 for each of base, task vector and gradient stay in cache
+RESIDENT_PIECE = 1 << 19  # elements: nothing is copied, so longer pieces only save overhead
+
+
+class Models:
+    """The checkpoints of a pool and which of their tensors are merged; shared by its subsets and transforms."""
+
+    def __init__(
+        self,
+        base: RenamedCheckpoint,
+        experts: Mapping[str, Checkpoint],
+        candidates: Mapping[str, Shape],
+        folder: Path | None,
+    ) -> None:
+        self.base = base
+        self.experts = dict(experts)
+        self.candidates = candidates
+        self.folder = folder
+        self._merged: dict[str, Shape] | None = None
+
+    def merged(self, workers: Workers) -> dict[str, Shape]:
+        """Return the tensors that differ between models; compares data on the first call, up to the first difference."""
+        if self._merged is None:
+            names = list(self.candidates)
+            same = dict.fromkeys(names, True)
+
+            def compare(name: str, scratch: Scratch) -> None:
+                same[name] = _identical(name, self.base, list(self.experts.values()), scratch)
+
+            workers.run(names, compare)
+            merged = {name: shape for name, shape in self.candidates.items() if not same[name]}
+            if not merged:
+                raise PoolError(
+                    f"pool: all {len(self.experts)} experts are identical to the base {self.base.label}, "
+                    "so there is nothing to merge; check the paths."
+                )
+            self._merged = merged
+        return self._merged
+
+
+def _identical(name: str, base: Checkpoint, experts: Sequence[Checkpoint], scratch: Scratch) -> bool:
+    """Whether a tensor has the same values in all models; stops at the first piece that differs."""
+    size = prod(base.tensors[name].shape)
+    kind = base.tensors[name].dtype
+    start, step = 0, min(1024, scratch.limit)
+    while start < size:
+        stop = min(start + step, size)
+        reference = base.read(name, start, stop, scratch.base)
+        scratch.bytes_read += reference.nbytes
+        for expert in experts:
+            other = expert.read(name, start, stop, scratch.raw)
+            scratch.bytes_read += other.nbytes
+            if other.dtype == kind:
+                equal = torch.equal(other.view(torch.uint8), reference.view(torch.uint8))
+            else:
+                equal = torch.equal(other.to(torch.float64), reference.to(torch.float64))
+            if not equal:
+                return False
+        start, step = stop, scratch.limit
+    return True
+
+
+class Pool:
+    """A base and n experts: a linear operator from coefficients Λ [rows, n] to weights, with its adjoint.
+
+    Build one with `Pool.open` (files; reads headers only) or `Pool.from_state_dicts` (memory).
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        names: Sequence[str],
+        *,
+        dtype: torch.dtype | None,
+        backend: Backend,
+        device: str | torch.device,
+        source: TaskVectors | None = None,
+        lineage: tuple[str, ...] = (),
+    ) -> None:
+        if backend not in BACKENDS:
+            raise PoolError(
+                f"pool: unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}."
+                + nearest(backend, BACKENDS)
+            )
+        self.names = tuple(names)
+        self.dtype = dtype
+        self.device = check_device(device)
+        self._models = models
+        self._given_source = source
+        self._lineage = lineage
+        self._workers = Workers(STREAMING_PIECE)
+        self._resident_workers = Workers(RESIDENT_PIECE)
+        self._fingerprint: str | None = None
+        elements = sum(prod(shape) for shape in models.candidates.values())
+        needed = resident_nbytes(self.n, models.candidates)
+        room = memory.available(self.device)
+        if backend == "auto":
+            backend = "resident" if 4 * self.n * elements < room / 2 else "streaming"
+        elif backend == "resident" and needed > room:
+            raise PoolError(
+                f"pool: the resident backend needs {memory.readable(needed)} on {self.device} for {self.n} task vectors of "
+                f'{elements} parameters, and {memory.readable(room)} are available; use backend="streaming".'
+            )
+        self.backend: str = backend
+        self.memory_needed: int = needed if backend == "resident" else self._workers.nbytes
+        """Bytes that the backend allocates on its first use, beside the weights that are returned."""
+
+    @classmethod
+    def open(
+        cls,
+        spec: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        *,
+        base: str | os.PathLike[str] | None = None,
+        experts: Mapping[str, str | os.PathLike[str]] | Sequence[str | os.PathLike[str]] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        dtype: str | torch.dtype | None = None,
+        backend: Backend = "auto",
+        device: str | torch.device = "cpu",
+    ) -> Pool:
+        """Open checkpoints by path or Hub id; read headers only.
+
+        `spec` is a YAML file or a mapping with the same fields as the keyword arguments up to `dtype` (see `spec.py`);
+        arguments that are given win over it. Raises PoolError that names every difference between the models.
+        """
+        given = {
+            "base": base,
+            "experts": experts,
+            "include": include,
+            "exclude": exclude,
+            "rename": rename,
+            "dtype": dtype,
+        }
+        parsed = parse_spec(spec, given)
+        opened = {name: open_checkpoint(path) for name, path in parsed.experts.items()}
+        return cls._assemble(
+            open_checkpoint(parsed.base), opened, parsed, model_folder(parsed.base), backend=backend, device=device
+        )
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        base: Mapping[str, torch.Tensor],
+        experts: Mapping[str, Mapping[str, torch.Tensor]],
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        dtype: str | torch.dtype | None = None,
+        backend: Backend = "auto",
+        device: str | torch.device = "cpu",
+    ) -> Pool:
+        """Make a pool of state dicts in memory, which it shares with the caller (do not change them afterwards)."""
+        if not experts:
+            raise PoolError("pool: there are no experts; a pool needs at least one.")
+        spec = Spec(
+            "memory",
+            dict.fromkeys(experts, "memory"),
+            tuple(include),
+            tuple(exclude),
+            dict(rename or {}),
+            parse_dtype(dtype, "pool: dtype"),
+        )
+        opened = {name: MemoryCheckpoint(f"state dict {name!r}", state) for name, state in experts.items()}
+        return cls._assemble(
+            MemoryCheckpoint("state dict of the base", base), opened, spec, None, backend=backend, device=device
+        )
+
+    @classmethod
+    def _assemble(
+        cls,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        spec: Spec,
+        folder: Path | None,
+        *,
+        backend: Backend,
+        device: str | torch.device,
+    ) -> Pool:
+        named_base = RenamedCheckpoint(base, spec.rename)
+        named = {name: RenamedCheckpoint(expert, spec.rename) for name, expert in experts.items()}
+        candidates = mergeable(named_base, named, spec.include, spec.exclude)
+        models = Models(named_base, named, candidates, folder)
+        return cls(models, list(named), dtype=spec.dtype, backend=backend, device=device)
+
+    # What is in it
+
+    @property
+    def n(self) -> int:
+        """Number of experts."""
+        return len(self.names)
+
+    @cached_property
+    def tensors(self) -> dict[str, Shape]:
+        """Merged tensors and their shapes, in natural order of names.
+
+        The first access compares the models' data, piece by piece up to the first difference, to find tensors that are
+        identical in all of them.
+        """
+        return self._models.merged(self._workers)
+
+    @cached_property
+    def carried(self) -> tuple[str, ...]:
+        """Tensors of the base that are not merged: integers, left out by pattern, or identical in all models."""
+        return tuple(name for name in self._models.base.tensors if name not in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the merged tensors as stored, base and experts together."""
+        models = [self._models.base, *(self._models.experts[name] for name in self.names)]
+        return sum(model.tensors[name].nbytes for model in models for name in self.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the checkpoints so far."""
+        return self._workers.bytes_read
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, element types and a sample of each model's bytes; the same in another folder."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            scratch = self._workers.scratch()
+            models = {"": self._models.base, **self._models.experts}
+            table = {
+                name: {key: str(info) for key, info in sorted(model.tensors.items())} for name, model in models.items()
+            }
+            digest.update(json.dumps([table, list(self.names), list(self._lineage)]).encode())
+            for model in models.values():
+                for key in _sample(sorted(self._models.candidates), 64):
+                    size = model.tensors[key].numel
+                    middle = size // 2
+                    piece = model.read(key, middle, min(middle + 256, size), scratch.raw)
+                    scratch.bytes_read += piece.nbytes
+                    digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def __repr__(self) -> str:
+        return f"Pool({self.n} experts, backend={self.backend!r}, device={str(self.device)!r})"
+
+    # The operator
+
+    @cached_property
+    def _source(self) -> TaskVectors:
+        if self._given_source is not None:
+            return self._given_source
+        experts = [self._models.experts[name] for name in self.names]
+        return Stored(self._models.base, experts, self.tensors)
+
+    @cached_property
+    def _resident(self) -> Resident:
+        return Resident(self._source, self._workers)
+
+    def _engine(self) -> tuple[TaskVectors, Workers]:
+        if self.backend == "resident":
+            return self._resident, self._resident_workers
+        return self._source, self._workers
+
+    def blocks(self, kind: str | Sequence[str]) -> Blocks:
+        """Partition the merged tensors: "model", "layer", "tensor", "row", or regular expressions (first match wins)."""
+        return make_blocks(kind, self.tensors)
+
+    def combine(self, coefficients: Matrix, blocks: Blocks, *, since: tuple[Matrix, Weights] | None = None) -> Weights:
+        """Return θ_b = θ0_b + Σ_i Λ[b,i] τ_{i,b} for coefficients Λ [rows, n]; Λ = 0 gives the base bit for bit.
+
+        `since` = (Λ_old, weights of Λ_old) updates those weights in place and returns them: tensors whose rows did not
+        change are not read, and of the others only the experts whose coefficients changed.
+        """
+        self._check_blocks(blocks)
+        matrix = self._matrix(coefficients, blocks, "coefficients")
+        old: tuple[Matrix, Weights] | None = None
+        if since is not None:
+            old = self._matrix(since[0], blocks, "coefficients of `since`"), self._check_weights(since[1])
+        source, workers = self._engine()
+        return operator.combine(source, workers, matrix, blocks, self.device, since=old)
+
+    def displacement(self, coefficients: Matrix, blocks: Blocks) -> Weights:
+        """Return Σ_i D[b,i] τ_{i,b} for D [rows, n]; experts whose coefficients are 0 are not read."""
+        self._check_blocks(blocks)
+        matrix = self._matrix(coefficients, blocks, "coefficients")
+        source, workers = self._engine()
+        return operator.combine(source, workers, matrix, blocks, self.device, with_base=False)
+
+    def correlate(
+        self,
+        gradients: Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]],
+        blocks: Blocks,
+        *,
+        experts: Sequence[int] | None = None,
+    ) -> Matrix:
+        """Return the scores S[b,i] = ⟨G_b, τ_{i,b}⟩, [rows, n]; for a sequence of k gradients, in one pass, [k, rows, n].
+
+        Tensors that a gradient lacks count as 0. With `experts` (indices) only those are read; other columns are nan.
+        """
+        self._check_blocks(blocks)
+        one = isinstance(gradients, Mapping)
+        stack: list[Mapping[str, torch.Tensor]] = [gradients] if isinstance(gradients, Mapping) else list(gradients)
+        for gradient in stack:
+            self._check_gradient(gradient)
+        asked = range(self.n) if experts is None else [self._index(expert) for expert in experts]
+        source, workers = self._engine()
+        found = operator.correlate(source, workers, stack, blocks, asked)
+        if experts is not None:
+            scores = np.full((len(stack), blocks.count, self.n), np.nan)
+            scores[:, :, list(asked)] = found
+            found = scores
+        return found[0] if one else found
+
+    def gram(self, blocks: Blocks) -> Matrix:
+        """Return the inner products ⟨τ_{i,b}, τ_{j,b}⟩ of the task vectors, [rows, n, n]."""
+        self._check_blocks(blocks)
+        source, workers = self._engine()
+        return operator.gram(source, workers, blocks)
+
+    # Other pools
+
+    def subset(self, names: Sequence[str]) -> Pool:
+        """Return the pool of some experts, in the order given; merged tensors and rows stay the same."""
+        chosen = list(names)
+        unknown = [name for name in chosen if name not in self.names]
+        if unknown:
+            raise PoolError(
+                f"pool: there is no expert {unknown[0]!r}; the experts are {listing(self.names, 40)}."
+                + nearest(str(unknown[0]), self.names)
+            )
+        if not chosen or len(set(chosen)) != len(chosen):
+            raise PoolError(f"pool: a subset needs at least one expert, each once; got {chosen}.")
+        index = [self.names.index(name) for name in chosen]
+        return self._derived(chosen, Selected(self._upstream(), index), self._lineage)
+
+    def transform(self, fn: Transform, label: str) -> Pool:
+        """Return a pool whose task vectors are fn(name, base [*shape], task_vectors [n, *shape]) -> [n, *shape].
+
+        `fn` is called tensor by tensor, when the tensor is used: with the streaming backend once in every pass, so it
+        must be a pure function (seed its random numbers by name). `label` says what it does; it enters the fingerprint.
+        """
+        if not isinstance(label, str) or not label:
+            raise PoolError(f"pool: a transform needs a label that says what it does; got {label!r}.")
+        return self._derived(self.names, Transformed(self._upstream(), fn, label), (*self._lineage, label))
+
+    def _upstream(self) -> TaskVectors:
+        loaded = self.__dict__.get("_resident")
+        return self._source if loaded is None or self.device.type != "cpu" else loaded
+
+    def _derived(self, names: Sequence[str], source: TaskVectors, lineage: tuple[str, ...]) -> Pool:
+        return Pool(
+            self._models,
+            names,
+            dtype=self.dtype,
+            backend=self.backend,  # type: ignore[arg-type]
+            device=self.device,
+            source=source,
+            lineage=lineage,
+        )
+
+    # Weights
+
+    def base_weights(self) -> Weights:
+        """Return all tensors of the base, carried ones too: float32 for floating-point ones, others as stored."""
+        base = self._models.base
+        weights: Weights = {}
+        scratch = self._workers.scratch()
+        for name, info in base.tensors.items():
+            kind = torch.float32 if info.is_float else info.dtype
+            flat = torch.empty(info.numel, dtype=kind)
+            for start in range(0, info.numel, scratch.limit):
+                stop = min(start + scratch.limit, info.numel)
+                flat[start:stop] = base.read(name, start, stop, scratch.raw)
+                scratch.bytes_read += (stop - start) * info.dtype.itemsize
+            weights[name] = flat.view(info.shape).to(self.device)
+        return weights
+
+    def materialize(
+        self,
+        coefficients: Matrix,
+        blocks: Blocks,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: float = 5e9,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Path]:
+        """Write the merged model to a .safetensors file or a folder, tensor by tensor, and return the files.
+
+        Merged tensors are those of `combine`, carried ones the base's, all under the names that the base's file uses.
+        Element types are `dtype`, else the pool's, else the base's per tensor. A folder is sharded above `max_shard_size`
+        bytes and gets the base folder's configuration and tokenizer files. The header's metadata says where the weights
+        came from. Raises OSError if the place cannot be written, PoolError for coefficients that are not finite and
+        values that overflow the element type; then nothing is left behind.
+        """
+        self._check_blocks(blocks)
+        matrix = self._matrix(coefficients, blocks, "coefficients")
+        if not np.isfinite(matrix).all():
+            raise PoolError("pool: the coefficients are not all finite; a model with them could not be used.")
+        chosen = parse_dtype(dtype, "pool: dtype") or self.dtype
+        base = self._models.base
+        source, workers = self._engine()
+        stored = base.stored_names
+        names = {stored[name]: name for name in base.tensors}
+        infos = {
+            stored[name]: TensorInfo(chosen if chosen is not None and info.is_float else info.dtype, info.shape)
+            for name, info in base.tensors.items()
+        }
+
+        def read(stored_name: str) -> Iterator[torch.Tensor]:
+            name, target = names[stored_name], infos[stored_name].dtype
+            if name in self.tensors:
+                merged = operator.combine(source, workers, matrix, blocks, torch.device("cpu"), names=[name])[
+                    name
+                ].view(-1)
+                yield _cast(merged, target, name)
+                return
+            scratch = self._workers.scratch()
+            info = base.tensors[name]
+            for start in range(0, info.numel, scratch.limit):
+                stop = min(start + scratch.limit, info.numel)
+                scratch.bytes_read += (stop - start) * info.dtype.itemsize
+                yield _cast(base.read(name, start, stop, scratch.raw), target, name)
+
+        summary = {
+            "mergesolve": version("mergesolve"),
+            "pool_fingerprint": self.fingerprint,
+            "base": base.label,
+            "experts": json.dumps(list(self.names)),
+            "transforms": json.dumps(list(self._lineage)),
+            "blocks": blocks.kind,
+            "coefficients_sha256": hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest(),
+            "coefficients_mean": json.dumps([round(float(value), 9) for value in matrix.mean(axis=0)]),
+            **(metadata or {}),
+        }
+        return write_checkpoint(Path(path), infos, read, summary, max_shard_size, self._models.folder)
+
+    # Checks
+
+    def _check_blocks(self, blocks: Blocks) -> None:
+        if list(blocks.rows) != list(self.tensors):
+            raise PoolError(
+                f"pool: these blocks partition {len(blocks.rows)} tensors, not the pool's {len(self.tensors)}; "
+                "make them with pool.blocks()."
+            )
+
+    def _matrix(self, value: Matrix, blocks: Blocks, what: str) -> Matrix:
+        matrix = np.asarray(value, dtype=np.float64)
+        if matrix.shape != (blocks.count, self.n):
+            raise PoolError(
+                f"pool: {what} must have the shape [rows, experts] = [{blocks.count}, {self.n}]; got {list(matrix.shape)}."
+            )
+        return matrix
+
+    def _check_weights(self, weights: Weights) -> Weights:
+        for name, shape in self.tensors.items():
+            value = weights.get(name)
+            if (
+                value is None
+                or tuple(value.shape) != shape
+                or value.dtype != torch.float32
+                or not value.is_contiguous()
+            ):
+                found = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
+                raise PoolError(
+                    f"pool: the weights of `since` hold {found} for {name!r}; expected contiguous float32 {list(shape)}, "
+                    "as combine returned them."
+                )
+        return weights
+
+    def _check_gradient(self, gradient: Mapping[str, torch.Tensor]) -> None:
+        for name, value in gradient.items():
+            if name in self.tensors:
+                if tuple(value.shape) != self.tensors[name]:
+                    raise PoolError(
+                        f"pool: the gradient of {name!r} has shape {list(value.shape)}; expected {list(self.tensors[name])}."
+                    )
+            elif name not in self._models.base.tensors:
+                raise PoolError(
+                    f"pool: there is a gradient for {name!r}, which is no tensor of the base; rename the pool's tensors "
+                    "(rename) or the model's." + nearest(name, self.tensors)
+                )
+
+    def _index(self, expert: int) -> int:
+        if not 0 <= int(expert) < self.n:
+            raise PoolError(f"pool: expert indices run from 0 to {self.n - 1}; got {expert}.")
+        return int(expert)
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Convert to the element type that is written; raise PoolError if finite values overflow it."""
+    if values.dtype == dtype:
+        return values
+    result = values.to(dtype)
+    if dtype.itemsize < values.dtype.itemsize and bool((result.isinf() & values.isfinite()).any()):
+        largest = float(values.abs().max())
+        raise PoolError(
+            f"pool: {name!r} has values up to {largest:.3g}, which overflow {str(dtype).removeprefix('torch.')}; "
+            "write bfloat16 or float32 (dtype)."
+        )
+    return result
+
+
+def _sample(items: Sequence[str], count: int) -> list[str]:
+    step = max(1, len(items) // count)
+    return list(items[::step])
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device; raise PoolError if it names none, or CUDA where there is none."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise PoolError(f'pool: {device!r} is no device; use "cpu" or "cuda".') from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PoolError(
+            "pool: the device 'cuda' was asked for, but PyTorch sees no CUDA device here; use device=\"cpu\"."
+        )
+    return found

@@ -1,0 +1,189 @@
+"""Safetensors written tensor by tensor, so that memory holds one tensor at a time.
+
+A file is an eight-byte length, a JSON header and the data. It is written under a temporary name, synced, and renamed: what
+has the final name is complete. Every failure of the disk surfaces as OSError, with nothing left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .checkpoint import SAFETENSORS_DTYPES, TensorInfo
+from .errors import PoolError
+from .memory import readable
+
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "open_clip_config.json",
+    "preprocessor*",
+    "processor*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+)
+
+Read = Callable[[str], Iterator[torch.Tensor]]
+"""read(name) -> the tensor's elements in order, as flat pieces of the dtype that is written."""
+
+
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Read,
+    metadata: Mapping[str, str],
+    max_shard_size: float,
+    companions: Path | None,
+) -> list[Path]:
+    """Write one file if `path` ends in .safetensors, else a folder, in shards of at most `max_shard_size` bytes.
+
+    Configuration and tokenizer files of the folder `companions` are copied along. Returns the files with weights (and the
+    index). Raises OSError if the place cannot be written or has no room.
+    """
+    total = sum(info.nbytes for info in tensors.values())
+    if path.suffix.lower() == ".safetensors":
+        if path.is_dir():
+            raise PoolError(f"pool: {path} is a folder; name a file, or a folder without the suffix .safetensors.")
+        _make_room(path.parent, total)
+        with temporary(path) as place:
+            write_safetensors(place, tensors, read, metadata)
+        return [path]
+    if path.exists() and not path.is_dir():
+        raise PoolError(f"pool: {path} is a file; name a .safetensors file or a folder.")
+    shards = shard(tensors, max_shard_size)
+    existed = path.exists()
+    _make_room(path, total)
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    try:
+        with contextlib.ExitStack() as stack:
+            # All files are complete under temporary names before the first takes its own.
+            for name, part in zip(names, shards, strict=True):
+                place = stack.enter_context(temporary(path / name))
+                write_safetensors(place, {key: tensors[key] for key in part}, read, metadata)
+            for companion in _companions(companions, path):
+                place = stack.enter_context(temporary(path / companion.name))
+                shutil.copyfile(companion, place)
+            if len(shards) > 1:
+                names.append(INDEX)
+                place = stack.enter_context(temporary(path / INDEX))
+                weight_map = {key: name for name, part in zip(names, shards, strict=False) for key in part}
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                place.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    for stale in (SINGLE, INDEX):
+        if stale not in names:
+            (path / stale).unlink(missing_ok=True)
+    return [path / name for name in names]
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, TensorInfo], read: Read, metadata: Mapping[str, str]) -> None:
+    """Write header and data of one file and sync it."""
+    # Wide elements first, as the safetensors library does, keeps every tensor aligned.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name in order:
+        info = tensors[name]
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end + info.nbytes],
+        }
+        end += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            for piece in read(name):
+                file.write(memoryview(piece.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+        if file.tell() != 8 + len(text) + end:
+            raise AssertionError(f"{path}: {file.tell()} bytes written, {8 + len(text) + end} announced")
+
+
+def shard(tensors: Mapping[str, TensorInfo], max_shard_size: float) -> list[list[str]]:
+    """Split names, in order, so that no part exceeds the size in bytes unless a single tensor does."""
+    if not max_shard_size > 0:
+        raise PoolError(f"pool: max_shard_size must be a positive number of bytes; got {max_shard_size!r}.")
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, info in tensors.items():
+        if parts[-1] and size + info.nbytes > max_shard_size:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += info.nbytes
+    return parts
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename to `path` on success, remove on failure."""
+    place = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield place
+        os.replace(place, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where folders can be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"the folder {folder} is not writable; choose another path")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{folder} has {readable(free)} left and the weights need {readable(needed)}; free some space"
+        )
+
+
+def _companions(source: Path | None, target: Path) -> Sequence[Path]:
+    if source is None or not source.is_dir() or source.resolve() == target.resolve():
+        return []
+    found: Iterable[Path] = (file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file())
+    return sorted(set(found))
