@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .entropy import Entropy
     from .errors import DataError
     from .evaluation import Scores, accuracy, evaluate
+    from .loss_objective import LossObjective
     from .models import Model, ModuleModel, Weights
-    from .objective import Evaluation, Objective, TaskObjective
+    from .objective import Evaluation, Objective, SumObjective, TaskObjective
     from .task import Task, joint
+    from .weighted_sum import WeightedSum
 
 _MODULES = {
     "CLIP": "clip",
@@ -24,12 +26,15 @@ _MODULES = {
     "Distillation": "distillation",
     "Entropy": "entropy",
     "Evaluation": "objective",
+    "LossObjective": "loss_objective",
     "Model": "models",
     "ModuleModel": "models",
     "Objective": "objective",
     "Scores": "evaluation",
+    "SumObjective": "objective",
     "Task": "task",
     "TaskObjective": "objective",
+    "WeightedSum": "weighted_sum",
     "Weights": "models",
     "accuracy": "evaluation",
     "evaluate": "evaluation",
@@ -43,12 +48,15 @@ __all__ = [
     "Distillation",
     "Entropy",
     "Evaluation",
+    "LossObjective",
     "Model",
     "ModuleModel",
     "Objective",
     "Scores",
+    "SumObjective",
     "Task",
     "TaskObjective",
+    "WeightedSum",
     "Weights",
     "accuracy",
     "evaluate",

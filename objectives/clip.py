@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from .task import ClassTexts, Task
 
 PREFIX = "visual."
 PRECISIONS = ("fp32", "bf16")
-# Where a configuration does not say how images were normalized: OpenAI's statistics, which open_clip falls back on,
-# too.
+# OpenAI's statistics, which open_clip falls back on, too, where a configuration does not say how to normalize images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -125,7 +124,9 @@ class CLIP:
         """The name of a tensor of the tower in the weights file; None where the file lacks it."""
         if self._source is None:
             return None
-        return next((n for n in (PREFIX + name, name) if n in self._source.shapes), None)
+        # In a whole model, "transformer.resblocks.0..." is the text tower's and "visual.transformer..." is this one's.
+        name = PREFIX + name if _prefixed(self._source.shapes) else name
+        return name if name in self._source.shapes else None
 
     def _check_source(self) -> None:
         if self._source is None:
@@ -157,8 +158,7 @@ class CLIP:
         return f"open_clip {self.architecture!r}" if isinstance(self.architecture, str) else "the given configuration"
 
     def base_weights(self) -> Weights:
-        """The tower's own weights, float32, on the CPU: those of the weights file, or the initialization from seed
-        0."""
+        """The tower's own weights, float32, on the CPU: those of the weights file, or else the initialization."""
         if self._source is None:
             tower = self._build_tower()
             return {name: t.detach() for name, t in tower.state_dict().items() if t.is_floating_point()}
@@ -167,18 +167,18 @@ class CLIP:
 
     def differentiable(self, name: str) -> bool:
         """Whether a tensor of the weights is a parameter; running statistics follow the merge without a gradient."""
-        return self._canonical(name) in self._parameters
+        return name.removeprefix(PREFIX) in self._parameters
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise DataError unless the weights are tensors of the tower, and all those that the model has no file for."""
-        canonical = {self._canonical(name): tensor for name, tensor in weights.items()}
-        known = self._parameters if self._source is None else ()
+        canonical = self._canonical_names(weights)
+        known = self.parameter_names if self._source is None else ()
         remedy = "Give them in the weights, or build the model with the weights file that they come from."
         check_weights(canonical, self._shapes, known, f"CLIP ({self._label})", remedy)
 
     def features(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
         """Normalized image embeddings [B, d], differentiable in the weights."""
-        tensors = {self._canonical(name): tensor for name, tensor in weights.items()}
+        tensors = self._canonical_names(weights)
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
         tensors.update(self._left_out(tensors, dtype))
         pixels = self._pixels(images, dtype)
@@ -200,8 +200,13 @@ class CLIP:
         logits = self.logit_scale.to(features.dtype).exp() * features @ self.head(task).to(features.dtype).T
         return logits if self.logit_bias is None else logits + self.logit_bias.to(features.dtype)
 
-    def _canonical(self, name: str) -> str:
-        return name if name in self._shapes else name.removeprefix(PREFIX)
+    @staticmethod
+    def _canonical_names(weights: Mapping[str, Tensor]) -> Weights:
+        """The weights by the tower's names. Where some names have the prefix, those without it are the text tower's
+        (which may look like the visual tower's): they keep a name that no tower has, and `check` refuses them."""
+        if not _prefixed(weights):
+            return dict(weights)
+        return {n.removeprefix(PREFIX) if n.startswith(PREFIX) else f"(text) {n}": t for n, t in weights.items()}
 
     def _left_out(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
         """The tower's own parameters that the weights do not hold (they were equal in all models, or excluded)."""
@@ -275,7 +280,7 @@ class CLIP:
         return self._text, self._tokenizer
 
     def _build_text_tower(self, task_name: str) -> nn.Module:
-        if self._source is not None and not any(not name.startswith(PREFIX) for name in self._text_names()):
+        if self._source is not None and not self._text_names():
             raise DataError(
                 f"CLIP: task {task_name!r} has no head, and {self._source} has no text tower to compute it from; "
                 f"give the whole model's file, or the head: heads={{{task_name!r}: tensor [C, "
@@ -304,12 +309,13 @@ class CLIP:
                 raise DataError(
                     f"CLIP: {self._source} does not fit the text tower of {self._label}: {error}"
                 ) from error
-        return model.to(self.device)
+        text: nn.Module = model.to(self.device)
+        return text
 
     def _text_names(self) -> list[str]:
         """Names in the weights file that belong to neither the visual tower nor the logit scale."""
         assert self._source is not None
-        tower = set(self._shapes) if not any(n.startswith(PREFIX) for n in self._source.shapes) else set()
+        tower = set() if _prefixed(self._source.shapes) else set(self._shapes)
         scalars = ("logit_scale", "logit_bias")
         return [n for n in self._source.shapes if not n.startswith(PREFIX) and n not in tower and n not in scalars]
 
@@ -415,6 +421,10 @@ def _tokenizer(architecture: str | Mapping[str, Any], config: Mapping[str, Any])
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
     return SimpleTokenizer(**options)
+
+
+def _prefixed(names: Iterable[str]) -> bool:
+    return any(name.startswith(PREFIX) for name in names)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ class CrossEntropy(TaskObjective):
         self.label_smoothing = float(label_smoothing)
         super().__init__(model, tasks, batch_size, microbatch, seed, task_weights=task_weights)
 
-    def _sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+    def sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+        """−Σ_c target_c log p_c [B]."""
         assert task.labels is not None
         labels = task.labels[torch.from_numpy(indices)].to(logits.device)
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)

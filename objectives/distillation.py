@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import DataError, nearest, some
 from .models import Model, Weights
-from .objective import TaskObjective, readable_out_of_memory
+from .objective import TaskObjective, frozen_randomness, readable_out_of_memory
 from .task import Indices, Task
 
 Teacher = Weights | Callable[[], Weights]
@@ -72,8 +72,9 @@ class Distillation(TaskObjective):
         for task in self._tasks:
             self._teacher_logits(task)
 
-    def _prepare(self, weights: Weights) -> None:
-        super()._prepare(weights)
+    def prepare(self, weights: Weights) -> None:
+        """Check the weights, then let the teachers predict where they have not yet."""
+        super().prepare(weights)
         self.predict()
 
     @torch.no_grad()
@@ -84,13 +85,13 @@ class Distillation(TaskObjective):
         teacher = self._teachers[task.name]
         weights = teacher() if callable(teacher) else teacher
         self.model.check(weights)
-        tensors = {name: tensor.detach().to(self.model.device) for name, tensor in weights.items()}
+        tensors = {name: tensor.detach().to(self.device) for name, tensor in weights.items()}
         logits = torch.empty(len(task), len(task.classes))
         every = torch.arange(len(task)).numpy()
-        with self._frozen_randomness():
+        with frozen_randomness(self.seed, None, self.device):
             for start in range(0, len(task), self.microbatch):
                 chunk = every[start : start + self.microbatch]
-                with readable_out_of_memory(len(chunk), task.name, self.model.device):
+                with readable_out_of_memory(len(chunk), task.name, self.device):
                     logits[start : start + len(chunk)] = self.model.logits(tensors, task.batch(chunk), task)
                 if self._progress is not None:
                     self._progress(task.name, start + len(chunk), len(task))
@@ -103,7 +104,8 @@ class Distillation(TaskObjective):
         self._logits[task.name] = logits
         return logits
 
-    def _sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+    def sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+        """T² KL(teacher || merged) [B]."""
         targets = self._logits[task.name][torch.from_numpy(indices)].to(logits.device, torch.float64)
         log_p = (targets / self.temperature).log_softmax(dim=-1)
         log_q = (logits / self.temperature).log_softmax(dim=-1)

@@ -19,14 +19,16 @@ class Entropy(TaskObjective):
     """Mean entropy of the predictions on the tasks' inputs; labels are not looked at. Parameters: see
     `TaskObjective`."""
 
-    def _check_task(self, task: Task) -> None:
+    def check_task(self, task: Task) -> None:
+        """Refuse a task with one class, besides what the model refuses."""
         if len(task.classes) < 2:
             raise DataError(
                 f"Entropy: task {task.name!r} has one class, so its entropy is 0 at all weights; leave it out, or "
                 f"join it with other tasks."
             )
-        super()._check_task(task)
+        super().check_task(task)
 
-    def _sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+    def sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+        """−Σ_c p_c log p_c [B]."""
         log_p = logits.log_softmax(dim=-1)
         return -(log_p.exp() * log_p).sum(dim=-1)

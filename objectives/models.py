@@ -96,7 +96,7 @@ class ModuleModel:
 
     def logits(self, weights: Mapping[str, Tensor], inputs: Tensor, task: Task) -> Tensor:
         """The module's output [B, C]; DataError unless it has a column a class of the task."""
-        outputs = functional_call(self.module, dict(weights), (inputs,))
+        outputs: Tensor = functional_call(self.module, dict(weights), (inputs,))
         check_logits(outputs, len(inputs), task, type(self.module).__name__)
         return outputs
 

@@ -10,9 +10,11 @@ microbatch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -77,7 +79,123 @@ class Objective(Protocol):
         ...
 
 
-class TaskObjective:
+@dataclass(frozen=True)
+class Term:
+    """One summand w · ℓ of a loss: `accumulate(tensors, scale)` gives ℓ, and adds scale · ∇ℓ into the leaves' gradients
+    unless scale is None."""
+
+    name: str
+    weight: float
+    accumulate: Callable[[Weights, float | None], float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Distinct examples at an objective's disposal. `key` is the same for the same examples in two objectives."""
+
+    key: Hashable
+    samples: int
+    labelled: bool
+    test: bool
+
+
+class SumObjective(ABC):
+    """Loss and gradient of a sum of terms, one a task; what the sum is made of is up to the subclass."""
+
+    tasks: tuple[str, ...]
+    task_weights: NDArray[np.float64]
+    device: torch.device
+
+    def __init__(self) -> None:
+        self.gradient_samples = 0
+        self.value_samples = 0
+
+    @abstractmethod
+    def terms(self) -> Sequence[Term]:
+        """The terms of the loss on the batch that is drawn, in the order of the tasks."""
+
+    @abstractmethod
+    def prepare(self, weights: Weights) -> None:
+        """Check the weights, and make ready whatever takes memory of its own before an evaluation starts."""
+
+    @abstractmethod
+    def differentiable(self, name: str) -> bool:
+        """Whether the loss has a gradient with respect to this tensor of the weights."""
+
+    @abstractmethod
+    def sources(self) -> Sequence[Source]:
+        """The examples that the loss is made of."""
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether batches differ from one iteration to the next."""
+
+    @abstractmethod
+    def draw(self, iteration: int | None) -> None:
+        """Fix the batch of all following calls; None is all the data. Before the first draw it is all the data."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Class, options and tasks, for the record of a run."""
+
+    def value_and_grad(self, weights: Weights, *, per_task: bool = False) -> Evaluation:
+        """Loss and gradient on the batch that is drawn; the gradient has the names, shapes and device of the
+        weights."""
+        self.prepare(weights)
+        leaves = self._leaves(weights)
+        task_losses: dict[str, float] = {}
+        gradients: list[Weights] = []
+        for term in self.terms():
+            task_losses[term.name] = term.accumulate(leaves, 1.0 if per_task else term.weight)
+            if per_task:
+                gradients.append(_collect(leaves, weights))
+        gradient = gradients if per_task else _collect(leaves, weights)
+        return Evaluation(self._total(task_losses), task_losses, gradient)
+
+    def value(self, weights: Weights) -> float:
+        """Loss on the batch that is drawn."""
+        return self._total(self.task_losses(weights))
+
+    @torch.no_grad()
+    def task_losses(self, weights: Weights) -> dict[str, float]:
+        """The loss of each task on the batch that is drawn."""
+        self.prepare(weights)
+        tensors = {name: tensor.detach().to(self.device) for name, tensor in weights.items()}
+        return {term.name: term.accumulate(tensors, None) for term in self.terms()}
+
+    def _total(self, task_losses: Mapping[str, float]) -> float:
+        return float(sum(w * task_losses[name] for name, w in zip(self.tasks, self.task_weights, strict=True)))
+
+    def _leaves(self, weights: Weights) -> Weights:
+        """The weights as leaves of a new graph, sharing their storage where they are on the model's device."""
+        leaves = {name: tensor.detach().to(self.device) for name, tensor in weights.items()}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(leaf.is_floating_point() and self.differentiable(name))
+        if not any(leaf.requires_grad for leaf in leaves.values()):
+            raise DataError("The weights hold no parameter of the model, so there is nothing to differentiate.")
+        return leaves
+
+    def _count(self, samples: int, scale: float | None) -> None:
+        if scale is None:
+            self.value_samples += samples
+        else:
+            self.gradient_samples += samples
+
+    @property
+    def data_used(self) -> dict[str, Any]:
+        """labelled, unlabelled: distinct examples at the objective's disposal; test_inputs: whether some are from a
+        test split; samples_seen: forwarded so far, of which gradient_samples with a gradient and value_samples
+        without."""
+        return {
+            **examples(self.sources()),
+            "samples_seen": self.gradient_samples + self.value_samples,
+            "gradient_samples": self.gradient_samples,
+            "value_samples": self.value_samples,
+        }
+
+
+class TaskObjective(SumObjective):
     """The loop that cross-entropy, entropy and distillation share: a subclass says what the loss of a logit row is.
 
     model: logits as a function of weights. tasks: one or more, with distinct names.
@@ -99,22 +217,22 @@ class TaskObjective:
         *,
         task_weights: Mapping[str, float] | None = None,
     ) -> None:
-        self._tasks = checked_tasks(tasks, type(self).__name__)
+        super().__init__()
+        owner = type(self).__name__
+        self._tasks = checked_tasks(tasks, owner)
         self.tasks = tuple(task.name for task in self._tasks)
         self.model = model
-        self.batch_size = (
-            checked_count(batch_size, "batch_size", type(self).__name__) if batch_size is not None else None
-        )
-        self.microbatch = checked_count(microbatch, "microbatch", type(self).__name__)
-        self.seed = seed
-        self.task_weights = checked_task_weights(task_weights, self.tasks, type(self).__name__)
+        self.device = model.device
+        self.batch_size = None if batch_size is None else checked_count(batch_size, "batch_size", owner)
+        self.microbatch = checked_count(microbatch, "microbatch", owner)
+        self.seed = checked_count(seed, "seed", owner, least=0)
+        self.task_weights = checked_task_weights(task_weights, self.tasks, owner)
         for task in self._tasks:
-            self._check_task(task)
+            self.check_task(task)
         self._iteration: int | None = None
-        self._gradient_samples = 0
-        self._value_samples = 0
 
-    def _check_task(self, task: Task) -> None:
+    def check_task(self, task: Task) -> None:
+        """Raise DataError for a task that this objective or the model cannot use."""
         if self.needs_labels and task.labels is None:
             raise DataError(
                 f"{type(self).__name__} needs labels, and task {task.name!r} has none; give labels, or use an "
@@ -122,11 +240,9 @@ class TaskObjective:
             )
         self.model.check_task(task)
 
-    def _sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
-        """Losses [B], float64, of the logits [B, C], float64, of these samples."""
+    def sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+        """Losses [B], float64, of the logits [B, C], float64, of these samples of the task."""
         raise NotImplementedError
-
-    # -- batches -----------------------------------------------------------------------------------------------------
 
     @property
     def stochastic(self) -> bool:
@@ -138,132 +254,46 @@ class TaskObjective:
         self._iteration = iteration
 
     def batch_indices(self, task: Task) -> Indices:
-        """The samples of this task in the batch that is drawn: positions t·b to (t+1)·b of one permutation after the
-        other, each from the seed, the epoch and the task's name, so that an epoch meets every sample once."""
-        n, b, iteration = len(task), self.batch_size, self._iteration
-        if iteration is None or b is None or b >= n:
-            return np.arange(n)
-        stream = zlib.crc32(task.name.encode())
-        taken: list[Indices] = []
-        position, end = iteration * b, (iteration + 1) * b
-        while position < end:
-            epoch, offset = divmod(position, n)
-            order = np.random.default_rng([self.seed, stream, epoch]).permutation(n)
-            taken.append(order[offset : offset + end - position])
-            position += len(taken[-1])
-        return np.concatenate(taken)
+        """The samples of this task in the batch that is drawn."""
+        return epoch_batch(len(task), self.batch_size, self._iteration, self.seed, task.name)
 
-    # -- loss and gradient -------------------------------------------------------------------------------------------
+    def terms(self) -> Sequence[Term]:
+        """One term a task: its mean loss over the batch."""
+        return [
+            Term(task.name, float(weight), partial(self._accumulate, task))
+            for task, weight in zip(self._tasks, self.task_weights, strict=True)
+        ]
 
-    def value_and_grad(self, weights: Weights, *, per_task: bool = False) -> Evaluation:
-        """Loss and gradient on the batch that is drawn; the gradient has the names, shapes and device of the
-        weights."""
-        self._prepare(weights)
-        leaves = self._leaves(weights)
-        task_losses: dict[str, float] = {}
-        gradients: list[Weights] = []
-        with self._frozen_randomness():
-            for task, weight in zip(self._tasks, self.task_weights, strict=True):
-                scale = 1.0 if per_task else float(weight)
-                task_losses[task.name] = self._accumulate(leaves, task, scale)
-                if per_task:
-                    gradients.append(self._collect(leaves, weights))
-        gradient = gradients if per_task else self._collect(leaves, weights)
-        return Evaluation(self._total(task_losses), task_losses, gradient)
-
-    @torch.no_grad()
-    def value(self, weights: Weights) -> float:
-        """Loss on the batch that is drawn."""
-        return self._total(self.task_losses(weights))
-
-    @torch.no_grad()
-    def task_losses(self, weights: Weights) -> dict[str, float]:
-        """The loss of each task on the batch that is drawn."""
-        self._prepare(weights)
-        tensors = {name: tensor.detach().to(self.model.device) for name, tensor in weights.items()}
-        with self._frozen_randomness():
-            return {task.name: self._accumulate(tensors, task, None) for task in self._tasks}
-
-    def _total(self, task_losses: Mapping[str, float]) -> float:
-        return float(sum(w * task_losses[name] for name, w in zip(self.tasks, self.task_weights, strict=True)))
-
-    def _prepare(self, weights: Weights) -> None:
-        """Whatever must be ready before memory is taken for the evaluation."""
+    def prepare(self, weights: Weights) -> None:
+        """Check that the weights fit the model."""
         self.model.check(weights)
 
-    def _leaves(self, weights: Weights) -> Weights:
-        """The weights as leaves of a new graph, sharing their storage where they are on the model's device."""
-        leaves = {name: tensor.detach().to(self.model.device) for name, tensor in weights.items()}
-        for name, leaf in leaves.items():
-            leaf.requires_grad_(leaf.is_floating_point() and self.model.differentiable(name))
-        if not any(leaf.requires_grad for leaf in leaves.values()):
-            raise DataError("The weights hold no parameter of the model, so there is nothing to differentiate.")
-        return leaves
+    def differentiable(self, name: str) -> bool:
+        """Whether the tensor is a parameter of the model."""
+        return self.model.differentiable(name)
 
-    def _accumulate(self, tensors: Weights, task: Task, scale: float | None) -> float:
-        """The task's mean loss; adds its gradient times `scale` into the leaves' buffers unless scale is None."""
+    def _accumulate(self, task: Task, tensors: Weights, scale: float | None) -> float:
         indices = self.batch_indices(task)
-        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        for start in range(0, len(indices), self.microbatch):
-            chunk = indices[start : start + self.microbatch]
-            with readable_out_of_memory(len(chunk), task.name, self.model.device):
-                logits = self.model.logits(tensors, task.batch(chunk), task)
-                # A row of logits is small: its loss in float64 costs nothing and keeps differences of losses exact.
-                loss = self._sample_losses(logits.double(), task, chunk).sum() / len(indices)
-                if scale is not None:
-                    # AccumulateGrad adds into .grad tensor by tensor: there is never a second gradient.
-                    (loss * scale).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if scale is None:
-            self._value_samples += len(indices)
-        else:
-            self._gradient_samples += len(indices)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with frozen_randomness(self.seed, self._iteration, self.device):
+            for start in range(0, len(indices), self.microbatch):
+                chunk = indices[start : start + self.microbatch]
+                with readable_out_of_memory(len(chunk), task.name, self.device):
+                    logits = self.model.logits(tensors, task.batch(chunk), task)
+                    # A row of logits is small: its loss in float64 costs nothing and keeps differences of losses exact.
+                    loss = self.sample_losses(logits.double(), task, chunk).sum() / len(indices)
+                    if scale is not None:
+                        add_gradient(loss, scale)
+                total += loss.detach()
+        self._count(len(indices), scale)
         return float(total)
 
-    @staticmethod
-    def _collect(leaves: Weights, weights: Weights) -> Weights:
-        """Take the gradient out of the leaves; a tensor that the loss does not depend on has gradient 0."""
-        gradient = {}
-        for name, leaf in leaves.items():
-            grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            gradient[name] = grad.detach().to(weights[name].device)
-            leaf.grad = None
-        return gradient
-
-    @contextmanager
-    def _frozen_randomness(self) -> Iterator[None]:
-        """The same random numbers in every evaluation of one iteration, for models that draw some in spite of eval
-        mode."""
-        cuda = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(self.seed * 1_000_003 + (self._iteration or 0))
-            # The fused inference kernels of attention round differently from those that a gradient needs; a line search
-            # compares values with the loss of a gradient evaluation, so both take the same path.
-            fused = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-            try:
-                yield
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fused)
-
-    # -- the record --------------------------------------------------------------------------------------------------
-
-    @property
-    def used_tasks(self) -> list[tuple[Task, bool]]:
-        """The tasks, and whether their labels are used."""
-        return [(task, self.needs_labels) for task in self._tasks]
-
-    @property
-    def data_used(self) -> dict[str, Any]:
-        """labelled, unlabelled: distinct examples at the objective's disposal; test_inputs: whether some are from a
-        test split; samples_seen: forwarded so far, of which gradient_samples with a gradient and value_samples
-        without."""
-        return {
-            **examples(self.used_tasks),
-            "samples_seen": self._gradient_samples + self._value_samples,
-            "gradient_samples": self._gradient_samples,
-            "value_samples": self._value_samples,
-        }
+    def sources(self) -> Sequence[Source]:
+        """The tasks, labelled where their labels are used."""
+        return [
+            Source((task.name, task.split, id(task.inputs)), len(task), self.needs_labels, task.split == "test")
+            for task in self._tasks
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Class, options, model and tasks."""
@@ -287,19 +317,65 @@ class TaskObjective:
         }
 
 
-def examples(used: Sequence[tuple[Task, bool]]) -> dict[str, Any]:
-    """The ledger of distinct examples: a task's inputs count once, as labelled if anything uses their labels."""
-    sizes: dict[tuple[str, str, int], int] = {}
-    labelled: set[tuple[str, str, int]] = set()
-    for task, with_labels in used:
-        key = (task.name, task.split, id(task.inputs))
-        sizes[key] = len(task)
-        if with_labels:
-            labelled.add(key)
+def epoch_batch(samples: int, size: int | None, iteration: int | None, seed: int, stream: str) -> Indices:
+    """The samples of one iteration's batch: positions t·b to (t+1)·b of one permutation after the other, each from the
+    seed, the stream's name and the epoch, so that every epoch meets every sample once. All of them, in order, where the
+    batch holds all."""
+    if iteration is None or size is None or size >= samples:
+        return np.arange(samples)
+    taken: list[Indices] = []
+    position, end = iteration * size, (iteration + 1) * size
+    while position < end:
+        epoch, offset = divmod(position, samples)
+        order = np.random.default_rng([seed, zlib.crc32(stream.encode()), epoch]).permutation(samples)
+        taken.append(order[offset : offset + end - position])
+        position += len(taken[-1])
+    return np.concatenate(taken)
+
+
+def add_gradient(loss: Tensor, scale: float) -> None:
+    """Add scale · ∇loss into the leaves' gradients, tensor by tensor: there is never a second gradient in memory."""
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
+
+
+def _collect(leaves: Weights, weights: Weights) -> Weights:
+    """Take the gradient out of the leaves; a tensor that the loss does not depend on has gradient 0."""
+    gradient = {}
+    for name, leaf in leaves.items():
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        gradient[name] = grad.detach().to(weights[name].device)
+        leaf.grad = None
+    return gradient
+
+
+@contextmanager
+def frozen_randomness(seed: int, iteration: int | None, device: torch.device) -> Iterator[None]:
+    """The same random numbers and the same kernels in every evaluation of one iteration, so that a line search compares
+    like with like."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # For models that draw random numbers in spite of eval mode.
+        torch.manual_seed(seed * 1_000_003 + (iteration or 0))
+        # Without a gradient, attention would take a fused kernel that rounds differently from the one with a gradient.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def examples(sources: Iterable[Source]) -> dict[str, Any]:
+    """The ledger of distinct examples: the same ones count once, as labelled if anything uses their labels."""
+    distinct: dict[Hashable, Source] = {}
+    test = False
+    for source in sources:
+        test = test or source.test
+        if source.labelled or source.key not in distinct:
+            distinct[source.key] = source
     return {
-        "labelled": sum(size for key, size in sizes.items() if key in labelled),
-        "unlabelled": sum(size for key, size in sizes.items() if key not in labelled),
-        "test_inputs": any(task.split == "test" for task, _ in used),
+        "labelled": sum(s.samples for s in distinct.values() if s.labelled),
+        "unlabelled": sum(s.samples for s in distinct.values() if not s.labelled),
+        "test_inputs": test,
     }
 
 
@@ -334,11 +410,11 @@ def checked_tasks(tasks: Task | Sequence[Task], owner: str) -> tuple[Task, ...]:
     return checked
 
 
-def checked_count(value: int, name: str, owner: str) -> int:
-    """A positive integer, or DataError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+def checked_count(value: int, name: str, owner: str, least: int = 1) -> int:
+    """An integer of at least `least`, or DataError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise DataError(
-            f"The {name!r} parameter of {owner} must be an int in the range [1, inf). Got {value!r} instead."
+            f"The {name!r} parameter of {owner} must be an int in the range [{least}, inf). Got {value!r} instead."
         )
     return int(value)
 

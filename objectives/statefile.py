@@ -81,6 +81,7 @@ class StateFile:
         return stored
 
     def _load_torch(self) -> dict[str, Tensor]:
+        assert self._path is not None
         try:
             loaded = torch.load(self._path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:

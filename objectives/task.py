@@ -6,8 +6,9 @@ Face datasets; whatever they are, an objective only ever takes `len(inputs)` and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, some
+from .files import class_order, read_class_names, read_npz
+from .images import SUFFIXES, ImageFiles, Size, image_paths, to_inputs
 
 SPLITS = ("train", "validation", "test")
 TEMPLATES = ("a photo of a {}.",)
@@ -35,9 +38,10 @@ class Selected:
     """Some rows of lazily decoded inputs, in the order of `indices`; nothing is read until rows are asked for."""
 
     def __init__(self, inputs: Inputs, indices: Indices) -> None:
+        self.inputs: Inputs = inputs
+        self.indices: Indices = indices
         if isinstance(inputs, Selected):
-            inputs, indices = inputs.inputs, inputs.indices[indices]
-        self.inputs, self.indices = inputs, indices
+            self.inputs, self.indices = inputs.inputs, inputs.indices[indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -156,6 +160,129 @@ class Task:
     def without_labels(self) -> Task:
         """The same inputs with the labels taken away, so that nothing can use them by accident."""
         return replace(self, labels=None)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        name: str,
+        inputs: Any,
+        labels: Any = None,
+        classes: Sequence[str] = (),
+        *,
+        templates: Sequence[str] = TEMPLATES,
+        split: str = "train",
+        image_size: Size | None = None,
+        layout: str = "auto",
+        interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+    ) -> Task:
+        """A task from an array or tensor of inputs and, perhaps, labels.
+
+        inputs: uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W] (1, 3 or 4 channels), or floats of any shape [N,
+            ...], which reach the model as they are. layout: 'hwc' or 'chw', where the shape leaves it open.
+        image_size: resize uint8 images to what the model takes; `**clip.preprocess` gives it with the rest.
+        """
+        prepared = to_inputs(inputs, f"task {name!r}", image_size, layout, interpolation, resize_mode)
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.as_tensor(np.asarray(labels))
+        return cls(name, prepared, labels, tuple(classes), tuple(templates), split)
+
+    @classmethod
+    def from_npz(
+        cls, path: str | Path, *, name: str | None = None, classes: Sequence[str] | None = None, **options: Any
+    ) -> Task:
+        """A task from an `.npz` file with 'images' (or 'inputs'), and, if it has them, 'labels' and 'classes'.
+
+        name: the file's name without its ending, if not given. The options are those of `from_arrays`.
+        """
+        path = Path(path)
+        name = path.stem if name is None else name
+        arrays = read_npz(path)
+        inputs = arrays.get("images", arrays.get("inputs"))
+        if inputs is None:
+            raise DataError(f"task {name!r}: {str(path)!r} has no array 'images' or 'inputs'; it has {some(arrays)}.")
+        if classes is None:
+            if "classes" not in arrays:
+                raise DataError(f"task {name!r}: {str(path)!r} has no array 'classes'; give classes=[...].")
+            classes = [str(c) for c in np.atleast_1d(arrays["classes"])]
+        return cls.from_arrays(name, inputs, arrays.get("labels"), classes, **options)
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        classes: Mapping[str, str] | Sequence[str] | str | Path | None = None,
+        templates: Sequence[str] = TEMPLATES,
+        split: str = "train",
+        image_size: Size = 224,
+        interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+    ) -> Task:
+        """A task from a folder of images with one subfolder a class, in the order of their names; read when needed.
+
+        classes: class names, where the subfolders' (with spaces for underscores) are not good ones: a mapping from
+        subfolder
+            to name, names in the order of the subfolders, or a file of either: JSON, or text with a name a line or
+            "subfolder<tab>name". Images without subfolders make a task without labels, whose classes must be given.
+        image_size: what the model takes; `**clip.preprocess` gives it with interpolation and resize_mode.
+        """
+        folder = Path(path)
+        name = folder.name if name is None else name
+        if not folder.is_dir():
+            raise DataError(f"task {name!r}: there is no folder {str(path)!r}.")
+        subfolders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        given = read_class_names(Path(classes)) if isinstance(classes, str | Path) else classes
+        if not subfolders:
+            if given is None:
+                raise DataError(
+                    f"task {name!r}: {str(path)!r} has no subfolders, one a class; without them the images have no "
+                    f"labels, and the class names must be given: classes=[...]."
+                )
+            paths, labels = image_paths(folder), None
+            texts = tuple(given.values()) if isinstance(given, Mapping) else tuple(given)
+        else:
+            order, texts = class_order(subfolders, given, f"task {name!r} ({str(path)!r})")
+            files = [(file, order[subfolder]) for subfolder in subfolders for file in image_paths(folder / subfolder)]
+            paths, labels = [file for file, _ in files], torch.tensor([c for _, c in files], dtype=torch.int64)
+        if not paths:
+            raise DataError(f"task {name!r}: {str(path)!r} holds no images (looked for {', '.join(SUFFIXES)}).")
+        inputs = ImageFiles(paths, image_size, interpolation, resize_mode)
+        return cls(name, inputs, labels, texts, tuple(templates), split)
+
+    @classmethod
+    def from_hub(
+        cls,
+        dataset: Any,
+        split: str = "train",
+        *,
+        name: str | None = None,
+        config: str | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        classes: Sequence[str] | None = None,
+        templates: Sequence[str] = TEMPLATES,
+        image_size: Size = 224,
+        interpolation: str = "bicubic",
+        resize_mode: str = "shortest",
+    ) -> Task:
+        """A task from a Hugging Face dataset: its name on the Hub (or a local folder's), or a `datasets.Dataset`.
+
+        split: as `datasets.load_dataset` takes it ('train', 'test[:10%]'); what does not begin with 'train' or 'valid'
+            counts as a test split. image, label: columns; the first Image and the first ClassLabel column, if not
+            given. A dataset without a label column makes a task without labels. Needs `pip install mergesolve[hub]`.
+        """
+        from .hub import HubImages, hub_columns, open_dataset
+
+        data, found = open_dataset(dataset, split, config)
+        name = found if name is None else name
+        columns = hub_columns(data, image, label, f"task {name!r}")
+        names = columns.classes if classes is None else tuple(classes)
+        labels = None if columns.label is None else torch.tensor(data[columns.label][:], dtype=torch.int64)
+        inputs = HubImages(data, columns.image, image_size, interpolation, resize_mode)
+        kind = next((k for k in ("train", "validation") if split.startswith(k[:5])), "test")
+        return cls(name, inputs, labels, names, tuple(templates), kind)
 
 
 def joint(tasks: Sequence[Task]) -> tuple[Task, ...]:

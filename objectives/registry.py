@@ -1,0 +1,60 @@
+"""The objectives by name, for the command line, the documentation and the common tests. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from .errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an objective lives ("module:Class", relative to this package), what it is, and what it needs.
+
+    data: 'labelled', 'unlabelled' (inputs only), 'teachers' (inputs and an expert a task) or 'any'.
+    """
+
+    target: str
+    summary: str
+    source: str
+    data: str
+
+    def load(self) -> Any:
+        """The class, imported now."""
+        module, name = self.target.split(":")
+        return getattr(import_module(f".{module}", __package__), name)
+
+
+OBJECTIVES: dict[str, Entry] = {
+    "cross-entropy": Entry(
+        "cross_entropy:CrossEntropy",
+        "Mean cross-entropy on few labels.",
+        "Szegedy et al. (2016), Rethinking the Inception Architecture (label smoothing)",
+        "labelled",
+    ),
+    "entropy": Entry(
+        "entropy:Entropy",
+        "Mean Shannon entropy of the predictions, without labels.",
+        "Yang et al. (2024), AdaMerging, eq. 4",
+        "unlabelled",
+    ),
+    "distillation": Entry(
+        "distillation:Distillation",
+        "Mean KL divergence from each task's expert to the merged model, without labels.",
+        "Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, section 2",
+        "teachers",
+    ),
+    "weighted-sum": Entry(
+        "weighted_sum:WeightedSum", "Weighted sum of objectives, one gradient for all.", "scalarization", "any"
+    ),
+    "loss": Entry("loss_objective:LossObjective", "Any torch module with any loss function.", "empirical risk", "any"),
+}
+
+
+def objective(name: str) -> Any:
+    """The objective class of this name; DataError lists the names and suggests the nearest."""
+    if name not in OBJECTIVES:
+        raise DataError(f"Unknown objective {name!r}.{nearest(name, OBJECTIVES)}")
+    return OBJECTIVES[name].load()
