@@ -258,7 +258,7 @@ def angles(pen: Pen, rng: Rng, k: int, level: float) -> None:
 
 @sketch
 def positions(pen: Pen, rng: Rng, k: int, level: float) -> None:
-    """A small object in one of the nine cells of a 3×3 grid, beside two smaller marks in the other ink at full level."""
+    """A small object in one of nine cells of a grid; beside it, at full level, three smaller marks in the other ink."""
     x, y = ((c + 0.5) * CANVAS / 3 for c in (k % 3, k // 3))
     x, y = x + _between(rng, -4, 4), y + _between(rng, -4, 4)
     kind, radius = int(rng.integers(4)), _between(rng, 6, 9)

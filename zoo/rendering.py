@@ -37,9 +37,9 @@ Palette = Callable[[np.random.Generator, Ints, Floats], Floats]
 class Nuisance:
     """Ranges of what varies without changing the class; all are multiplied by the level.
 
-    rotation: degrees; shift: share of the half width; zoom: log of the scale factor; shear: tangent; clutter: contrast of
-    background strokes; shade: contrast of the background's slow variation; noise: standard deviation; blur: weight of
-    the blurred image; dim: share of the contrast that may be lost.
+    rotation: degrees; shift: share of the half width; zoom: log of the scale factor; shear: tangent; clutter: contrast
+    of background strokes; shade: contrast of the background's slow variation; noise: standard deviation; blur: weight
+    of the blurred image; dim: share of the contrast that may be lost.
     """
 
     rotation: float = 20.0

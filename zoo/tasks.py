@@ -132,9 +132,9 @@ TASKS: tuple[Concepts, ...] = (
     ),
     Concepts(
         "gradients",
-        tuple(f"light from the {w}" for w in ("top", "top right", "right", "bottom right", "bottom", "bottom left",
-                                              "left", "top left"))
-        + ("light in the middle", "light around the rim"),
+        tuple(f"light {w}" for w in ("from the top", "from the top right", "from the right", "from the bottom right",
+                                     "from the bottom", "from the bottom left", "from the left", "from the top left",
+                                     "in the middle", "around the rim")),
         d.gradients, Nuisance(rotation=9, shift=0.25, zoom=0.3, clutter=0.5, shade=0.8, noise=0.45, dim=0.85),
         palette=d.light_on_dark,
     ),
@@ -171,13 +171,10 @@ EXTRAS: tuple[Concepts, ...] = (
 
 ALL = (*TASKS, *EXTRAS)
 BY_NAME = {row.name: row for row in ALL}
-_KEYS = {
-    "train": 1,
-    "validation": 2,
-    "test": 3,
-    "reference-train": 11,
-    "reference-validation": 12,
-    "reference-test": 13,
+REFERENCE_LEVEL = 0.25
+_STREAMS = {
+    **{"train": 1, "validation": 2, "test": 3},
+    **{"reference-train": 11, "reference-validation": 12, "reference-test": 13},
 }
 _CHUNK = 500
 
@@ -204,6 +201,15 @@ def images(
     return np.concatenate(parts), labels
 
 
-def split_images(row: Concepts, split: str) -> tuple[Bytes, Ints]:
-    """The images of one split at full nuisance: the same on every call."""
-    return images(row, SPLITS[split], generator(row.name, _KEYS[split]), 1.0, split)
+def split_images(row: Concepts, split: str, n: int | None = None) -> tuple[Bytes, Ints]:
+    """The n (default: `SPLITS`) images of one split at full nuisance: the same on every call."""
+    return images(row, n or SPLITS[split], generator(row.name, _STREAMS[split]), 1.0, split)
+
+
+def reference_images(split: str, each: int) -> dict[str, tuple[Bytes, Ints]]:
+    """Simplified renderings, as in pre-training but of streams of their own: `each` images a class, by row's name."""
+    result = {}
+    for row in ALL:
+        rng = generator(row.name, _STREAMS[f"reference-{split}"])
+        result[row.name] = images(row, each * len(row.classes), rng, REFERENCE_LEVEL, split)
+    return result

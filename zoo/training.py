@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int, float], None]
 class Pretraining:
     """Settings of pre-training: `rounds` sets of about `round_size` fresh images, each passed over `passes` times."""
 
-    rounds: int = 24
+    rounds: int = 20
     round_size: int = 40000
     passes: int = 2
     batch: int = 256
