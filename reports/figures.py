@@ -352,7 +352,7 @@ def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
     FigureCanvasAgg(figure)
     sharex: Literal["all", "col", "none"] = "all" if _comparable(runs) else "col" if blocks == 1 else "none"
     grid = figure.subplots(2 * blocks, count, squeeze=False, sharex=sharex)
-    objectives = {str((run.header.get("objective") or {}).get("class", "")) for run in runs}
+    objectives = {str((run.header.get("objective") or {}).get("objective", "")) for run in runs}
     positive: list[float] = []
     lower: list[Axes] = []
     for k in range(blocks * count):
@@ -484,9 +484,8 @@ def vertices(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
         _title(ax, run)
         points: list[tuple[float, int, float, str]] = []
         for iteration, record in zip(run.iterations, run.records, strict=True):
-            chosen_now = record.get("vertices") or []
-            for name in dict.fromkeys(chosen_now):
-                points.append((float(iteration), position[name], chosen_now.count(name) / len(chosen_now), name))
+            for vertex, share in run.choices(record).items():
+                points.append((float(iteration), position[vertex], share, vertex))
         if not points:
             _nothing(ax, "this solver chooses no vertices")
             ax.set_xticks([])
@@ -504,7 +503,7 @@ def vertices(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.grid(axis="y")
         _iteration_axis(ax, run)
-    if any(len(r.get("vertices") or ()) > 1 for run in runs for r in run.records):
+    if any(len(run.choices(record)) > 1 for run in runs for record in run.records):
         figure.supxlabel("area of a dot: share of the blocks or tasks that chose it", fontsize=8, color="#666666")
     return figure
 

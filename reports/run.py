@@ -67,6 +67,15 @@ class Run:
         values = [record.get(key) for record in self.records]
         return np.asarray([np.nan if value is None else value for value in values], dtype=np.float64)
 
+    @staticmethod
+    def choices(record: dict[str, Any]) -> dict[str, float]:
+        """Vertices that the oracle chose in this iteration and the share of the blocks or tasks that chose each."""
+        names = list(record.get("vertices") or ())
+        shares = record.get("vertex_share")
+        if shares is None:
+            return {name: names.count(name) / len(names) for name in names}
+        return dict(zip(names, shares, strict=True))
+
     def task_losses(self) -> dict[str, Array]:
         """Loss of each task over the records, shape [T] each."""
         names = {name: None for record in self.records for name in record.get("tasks") or {}}

@@ -1,0 +1,68 @@
+"""`mergesolve list`: what the registries hold. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .flags import json_flag
+from .names import choose
+
+KINDS = ("solvers", "rules", "domains", "objectives", "presets")
+
+
+def entries(kind: str) -> list[dict[str, str]]:
+    """Name, one line and source of each entry of a registry."""
+    if kind == "objectives":
+        from ..objectives.registry import OBJECTIVES
+
+        return [_entry(name, entry) for name, entry in OBJECTIVES.items()]
+    from ..solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
+
+    if kind == "presets":
+        return [
+            {"name": name, "summary": str(fields.get("summary", "")), "source": str(fields.get("source", ""))}
+            for name, fields in PRESETS.items()
+        ]
+    tables: dict[str, dict[str, Any]] = {"solvers": {**SOLVERS}, "rules": {**STEP_RULES}, "domains": {**DOMAINS}}
+    table = tables[kind]
+    return [_entry(name, entry) for name, entry in table.items()]
+
+
+def _entry(name: str, entry: Any) -> dict[str, str]:
+    text = getattr(entry, "summary", None) or (entry.__doc__ or "")
+    return {
+        "name": name,
+        "summary": str(text).strip().split("\n")[0].rstrip(".").replace("``", ""),
+        "source": str(getattr(entry, "source", "") or ""),
+    }
+
+
+@click.command()
+@click.argument("kind", required=False, metavar="[KIND]")
+@json_flag
+def command(kind: str | None, as_json: bool) -> None:
+    """List what can be named: solvers, rules (step rules), domains, objectives, presets; all of them without KIND.
+
+    \b
+    Examples:
+      mergesolve list
+      mergesolve list presets
+      mergesolve list solvers --json
+    """
+    from .console import print_json, show
+
+    kinds = KINDS if kind is None else (choose("kind", kind, KINDS),)
+    found = {kind: entries(kind) for kind in kinds}
+    if as_json:
+        print_json(found)
+        return
+    from ..reports.tables import listing
+
+    for kind, rows in found.items():
+        sourced = any(row["source"] for row in rows)
+        header = ("name", "what", "source") if sourced else ("name", "what")
+        cells = [(row["name"], row["summary"], *([row["source"]] if sourced else [])) for row in rows]
+        show(listing(header, cells, title=kind))
+        show("")

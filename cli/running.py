@@ -1,0 +1,265 @@
+"""Run one recipe from start to end: the path that `solve` and `demo` share."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import counting, follow, number, print_json, show, warn
+from .errors import OK, Interrupted, SolveFailed
+from .names import UsageProblem
+from .recipe import Recipe, from_mapping, plain, read_yaml, to_yaml
+from .setup import Setup
+
+if TYPE_CHECKING:
+    from ..solvers import Result
+
+RECIPE = "recipe.yaml"
+COMMENT = f"# What ran, every default filled in. Again: mergesolve solve {RECIPE}\n"
+LEFT_BY_A_RUN = ("trace.jsonl", "result.json", "coefficients.safetensors", "checkpoint.safetensors")
+
+
+@dataclass
+class Outcome:
+    """What a run left: the result, the recipe as it ran, the files."""
+
+    folder: Path
+    recipe: Recipe
+    setup: Setup
+    result: Result
+    seconds: float
+    merged: list[Path] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
+
+
+def new_run_folder(recipe: Recipe, wanted: str | None, *, overwrite: bool = False) -> Path:
+    """The folder to write into. Raises UsageProblem if it holds a run that must not be lost."""
+    if wanted is not None:
+        folder = Path(wanted)
+        if folder.exists() and not folder.is_dir():
+            raise UsageProblem(f"--run '{wanted}' is a file. Name a folder.")
+        if any((folder / name).exists() for name in LEFT_BY_A_RUN):
+            if not overwrite:
+                raise UsageProblem(
+                    f"--run '{wanted}' holds a run already. Go on with it (--resume {wanted}), replace it "
+                    "(--overwrite), or name another folder."
+                )
+            for name in LEFT_BY_A_RUN:
+                (folder / name).unlink(missing_ok=True)
+        return folder
+    name = recipe.preset or recipe.solver.name
+    for number_ in range(1, 10_000):
+        folder = Path("runs") / (name if number_ == 1 else f"{name}-{number_}")
+        if not folder.exists():
+            return folder
+    raise UsageProblem(f"runs/ holds 10000 runs named '{name}'. Give --run FOLDER.")
+
+
+def open_run(folder: Path) -> tuple[Recipe, str | None]:
+    """The recipe of an existing run and the status that it ended with (None: it was killed)."""
+    from ..reports.run import read_run
+    from ..solvers import PRESETS
+
+    if not folder.is_dir():
+        raise UsageProblem(f"run '{folder}': there is no such folder.")
+    if not (folder / RECIPE).exists():
+        raise UsageProblem(f"run '{folder}': it holds no {RECIPE}, so `mergesolve solve` did not write it.")
+    fields = read_yaml(folder / RECIPE, "recipe")
+    recipe = from_mapping({**fields, "preset": None}, PRESETS, where=str(folder / RECIPE))
+    try:
+        status = read_run(folder).status
+    except ValueError:  # killed before its first iteration
+        status = "running"
+    return recipe, None if status in ("running", "interrupted") else status
+
+
+def load_outcome(folder: Path) -> Outcome:
+    """A finished run as `execute` would return it, its pool not yet opened."""
+    from ..solvers import Result
+
+    recipe, _ = open_run(folder)
+    return Outcome(folder, recipe, Setup(recipe), Result.load(folder), 0.0)
+
+
+def execute(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    merge: bool = True,
+    figures: bool = True,
+    setup: Setup | None = None,
+    label: str | None = None,
+) -> Outcome:
+    """Solve, then write the merged checkpoint and the figures.
+
+    setup: live objects to share between runs of one pool; its recipe must be this one.
+    """
+    from ..solvers import solve
+
+    began = time.monotonic()
+    label = label or recipe.preset or recipe.solver.name
+    with counting("teachers", quiet=quiet) as teachers:
+        setup = setup or Setup(recipe)
+        setup.progress = teachers
+        setup.check_names()
+        problem, solver, start = setup.problem, setup.solver, setup.start
+        complete = setup.resolved()
+        _write(folder / RECIPE, COMMENT + to_yaml(complete))
+        with follow(label, recipe.max_iter, quiet=quiet) as follower:
+            result = solve(
+                problem,
+                solver,
+                start=start,
+                max_iter=recipe.max_iter,
+                tol=recipe.tol,
+                rtol=recipe.rtol,
+                time_limit=math.inf if recipe.time_limit is None else recipe.time_limit,
+                callback=follower,
+                run=folder,
+                resume=resume,
+            )
+    if result.status == "interrupted":
+        raise Interrupted(f"interrupted after {result.nit} iterations; go on with: mergesolve solve --resume {folder}")
+    if result.status == "nonfinite":
+        raise SolveFailed(
+            f"the objective or its scores became NaN or infinite at iteration {result.nit} ({result.message}); "
+            f"{folder} holds the trace. Look for a bad expert with `mergesolve pool inspect`, start from 'average', or "
+            "take a smaller step."
+        )
+    outcome = Outcome(folder, complete, setup, result, time.monotonic() - began)
+    if merge:
+        outcome.merged = materialize(outcome)
+    if figures:
+        outcome.figures = draw(folder)
+    return outcome
+
+
+def materialize(outcome: Outcome, path: Path | None = None, dtype: str | None = None) -> list[Path]:
+    """Write the merged checkpoint of a run."""
+    from importlib.metadata import version
+
+    pool, result = outcome.setup.pool, outcome.result
+    return list(
+        pool.materialize(
+            result.coefficients,
+            outcome.setup.blocks,
+            path or outcome.folder / "merged.safetensors",
+            dtype=dtype,
+            metadata={
+                "mergesolve": version("mergesolve"),
+                "run": outcome.folder.resolve().name,
+                "solver": str(result.solver.get("name", "")),
+                "status": result.status,
+            },
+        )
+    )
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw one run into its own folder."""
+    from ..reports import read_run, save_figures
+
+    return save_figures([read_run(folder)], folder / "figures")
+
+
+def report(outcome: Outcome, *, as_json: bool, quiet: bool) -> int:
+    """Print the summary; returns the exit code."""
+    result = outcome.result
+    remedy = {
+        "max_iter": "more iterations: --resume {folder} --max-iter N",
+        "time_limit": "more time: --resume {folder} --time-limit SECONDS",
+        "stalled": "another start, step rule or solver",
+    }.get(result.status)
+    if remedy is not None and outcome.recipe.max_iter > 0:
+        reached = (
+            f"gap {number(result.gap)}" if result.gap is not None else f"stationarity {number(result.stationarity)}"
+        )
+        warn(
+            f"ended as {result.status.replace('_', ' ')} with {reached}, tolerance {number(outcome.recipe.tol)}; "
+            f"to come closer, try {remedy.format(folder=outcome.folder)}."
+        )
+    if as_json:
+        print_json(summary(outcome))
+    elif not quiet:
+        show(table(outcome))
+    return OK
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The result for machines, without the coefficients (they are in their file)."""
+    result = outcome.result
+    return {
+        "run": str(outcome.folder),
+        "status": result.status,
+        "success": bool(result.success),
+        "message": result.message,
+        "objective": result.objective,
+        "tasks": dict(result.tasks),
+        "gap": result.gap,
+        "stationarity": result.stationarity,
+        "nit": result.nit,
+        "counts": dict(result.counts),
+        "data": dict(result.data),
+        "experts": list(result.experts),
+        "blocks": result.blocks,
+        "solver": result.solver,
+        "domain": result.domain,
+        "seconds": result.seconds,
+        "seconds_in_all": outcome.seconds,
+        "peak_memory": result.peak_memory,
+        "merged": [str(path) for path in outcome.merged],
+        "figures": [str(path) for path in outcome.figures],
+        "recipe": plain(outcome.recipe),
+    }
+
+
+def table(outcome: Outcome) -> Any:
+    """The result for people."""
+    from ..reports.tables import pairs, size
+
+    result = outcome.result
+    data = result.data
+    ledger = f"{data.get('labelled', 0)} labelled, {data.get('unlabelled', 0)} unlabeled examples"
+    if data.get("test_inputs"):
+        ledger += "; test inputs among them (transductive)"
+    if "samples_seen" in data:
+        ledger += f"; {data['samples_seen']} samples forwarded"
+    rows: dict[str, object] = {
+        "status": result.status if result.success else f"{result.status} ({result.message})",
+        "objective": number(result.objective),
+        "gap": "none on this domain" if result.gap is None else number(result.gap),
+        "stationarity": number(result.stationarity),
+        "iterations": result.nit,
+        "evaluations": f"{result.counts['gradients']} gradients, {result.counts['evaluations']} values, "
+        f"{size(result.counts['bytes_read'])} read from the pool",
+        "data": ledger,
+        "coefficients": f"{result.coefficients.shape[0]} × {result.coefficients.shape[1]} ({result.blocks}), largest: "
+        + largest(result),
+        "time, memory": f"{result.seconds:.1f} s, peak {size(result.peak_memory)}",
+        "run": outcome.folder,
+    }
+    if outcome.merged:
+        rows["merged"] = ", ".join(str(path) for path in outcome.merged[:2]) + (" …" if outcome.merged[2:] else "")
+    return pairs(rows)
+
+
+def largest(result: Result, count: int = 4) -> str:
+    """The experts with the largest mean coefficients."""
+    mean = result.coefficients.mean(axis=0)
+    order = sorted(range(len(mean)), key=lambda i: -abs(mean[i]))[:count]
+    return ", ".join(f"{result.experts[i]} {mean[i]:.3f}" for i in order)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,364 @@
+"""From a recipe to live objects: pool, model, tasks, objective, problem, solver, start."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .names import UsageProblem, choose, unknown
+from .recipe import Choice, ModelPart, PoolPart, Recipe, TaskPart
+
+if TYPE_CHECKING:
+    from ..objectives import Task
+    from ..pools import Blocks, Pool
+    from ..solvers import Problem, Result, Solver
+
+PROVIDED = ("model", "tasks", "teachers", "task_weights", "progress", "self")  # what a recipe gives by other fields
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Setup:
+    """The live counterpart of a recipe; every part is made when it is first asked for."""
+
+    recipe: Recipe
+    progress: Progress | None = None
+    paths: dict[str, str] = field(default_factory=dict)  # of the experts, once the pool is open
+
+    @cached_property
+    def zoo(self) -> Any:
+        """The embedded benchmark."""
+        from ..zoo import load
+
+        return load()
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The checkpoints, opened and checked."""
+        from ..pools import BACKENDS, Pool
+        from ..pools.spec import expand_experts
+
+        part = self.recipe.pool
+        base, experts = self._zoo_checkpoints() if self.recipe.zoo else (part.base, part.experts)
+        if base is None:
+            raise UsageProblem("the pool has no base. Give --base PATH (or 'pool: base:' in the recipe), or --zoo.")
+        if not experts:
+            raise UsageProblem(
+                "the pool has no experts. Give --expert NAME=PATH or --expert 'GLOB' for each, a --pool file, or --zoo."
+            )
+        choose("backend", part.backend, BACKENDS)
+        self.paths = expand_experts(experts if isinstance(experts, dict) else list(experts), base=base)
+        return Pool.open(
+            base=base,
+            experts=self.paths,
+            include=part.include,
+            exclude=part.exclude,
+            rename=part.rename or None,
+            dtype=part.dtype,
+            backend=part.backend,  # type: ignore[arg-type]
+            device=part.device,
+        )
+
+    def _zoo_checkpoints(self) -> tuple[str, dict[str, str]]:
+        part = self.recipe.pool
+        if part.base is not None:
+            raise UsageProblem(f"--zoo brings its own base; leave out --base {part.base}, or leave out --zoo.")
+        names = tuple(part.experts) if part.experts else tuple(self.zoo.task_experts)
+        for name in names:
+            choose("expert of the zoo", name, self.zoo.experts)
+        return str(self.zoo.base), {name: str(self.zoo.experts[name]) for name in names}
+
+    @cached_property
+    def model(self) -> Any:
+        """What turns weights and inputs into logits."""
+        part = self.recipe.model
+        if self.recipe.zoo:
+            return self.zoo.model(device=self.recipe.pool.device)
+        if part.module is not None:
+            return self._module(part.module)
+        if part.architecture is None:
+            raise UsageProblem(
+                "nothing says what the checkpoints are weights of. Give --model ARCHITECTURE (a name of open_clip, "
+                "such as ViT-B-32, or a JSON configuration) or --model FILE.py:FUNCTION, or --zoo."
+            )
+        from ..objectives import CLIP
+
+        weights = part.weights
+        if weights is None and self.recipe.pool.base is not None and Path(self.recipe.pool.base).is_file():
+            weights = self.recipe.pool.base
+        return CLIP(part.architecture, weights=weights, device=self.recipe.pool.device, precision=part.precision)
+
+    def _module(self, spec: str) -> Any:
+        import torch
+
+        from ..objectives import ModuleModel
+
+        file, _, function = spec.rpartition(":")
+        if not file:
+            raise UsageProblem(f"model: module '{spec}': expected FILE.py:FUNCTION.")
+        loader = importlib.util.spec_from_file_location(Path(file).stem, file)
+        if loader is None or loader.loader is None or not Path(file).is_file():
+            raise UsageProblem(f"model: module '{spec}': there is no Python file '{file}'.")
+        code = importlib.util.module_from_spec(loader)
+        loader.loader.exec_module(code)
+        if not hasattr(code, function):
+            names = [name for name, value in vars(code).items() if callable(value) and not name.startswith("_")]
+            raise unknown("function", function, names, where=f"model: module '{file}'")
+        module = getattr(code, function)()
+        if not isinstance(module, torch.nn.Module):
+            raise UsageProblem(f"model: module '{spec}' returned {type(module).__name__}, expected a torch.nn.Module.")
+        if self.recipe.pool.base is not None:
+            # Tensors that all models share are not merged: they must be the base's, not the constructor's.
+            module.load_state_dict(self.pool.base_weights(), strict=False)
+        return ModuleModel(module.to(self.recipe.pool.device))
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The data of the objective; labels only where the objective asks for them."""
+        if not self.recipe.tasks:
+            known = f" Tasks of the zoo: {', '.join(self.zoo.tasks)}." if self.recipe.zoo else ""
+            raise UsageProblem(f"there are no tasks. Give --task NAME (zoo) or --task NAME=DATA for each.{known}")
+        return tuple(self.load_task(part) for part in self.recipe.tasks)
+
+    def load_task(self, part: TaskPart) -> Task:
+        """The data that one task of the recipe names."""
+        split = part.split or self.recipe.split
+        limit = part.limit if part.limit is not None else self.recipe.limit
+        return self._load(part, split, limit, part.npz, part.folder)
+
+    def load_test(self, part: TaskPart) -> Task:
+        """The data to evaluate one task on."""
+        if self._is_zoo(part) or part.hub is not None:
+            return self._load(replace(part, test=None), "test", None, None, None)
+        if part.test is None:
+            raise UsageProblem(
+                f"the task '{part.name}' has no data to evaluate on. Give 'test: PATH' in the recipe, or "
+                f"--task {part.name}=PATH."
+            )
+        as_folder = part.folder is not None or Path(part.test).is_dir()
+        return self._load(part, "test", None, None if as_folder else part.test, part.test if as_folder else None)
+
+    def _is_zoo(self, part: TaskPart) -> bool:
+        return self.recipe.zoo and part.npz is None and part.folder is None and part.hub is None
+
+    def _load(self, part: TaskPart, split: str, limit: int | None, npz: str | None, folder: str | None) -> Task:
+        from ..objectives import Task
+
+        texts: dict[str, Any] = {}
+        if part.templates is not None:
+            texts["templates"] = part.templates
+        if self._is_zoo(part):
+            choose("task of the zoo", part.name, self.zoo.tasks)
+            choose("split", split, ("train", "validation", "test"), where=f"task '{part.name}'")
+            task: Task = self.zoo.task(part.name, split=split, limit=limit)
+            return task
+        if part.classes is not None:
+            texts["classes"] = part.classes
+        texts.update(getattr(self.model, "preprocess", {}))
+        if npz is not None:
+            task = Task.from_npz(npz, name=part.name, split=split, **texts)
+        elif folder is not None:
+            task = Task.from_folder(folder, name=part.name, split=split, **texts)
+        elif part.hub is not None:
+            columns = {k: v for k in ("config", "image", "label") if (v := getattr(part, k)) is not None}
+            task = Task.from_hub(part.hub, split, name=part.name, **columns, **texts)
+        else:
+            raise UsageProblem(
+                f"the task '{part.name}' names no data: give 'npz', 'folder' or 'hub' in the recipe, "
+                f"--task {part.name}=PATH, or --zoo."
+            )
+        return task if limit is None else task.subset(limit, part.seed)
+
+    @cached_property
+    def objective(self) -> Any:
+        """The objective, or the weighted sum of several."""
+        parts = [(choice.options.get("weight", 1.0), self._objective(choice)) for choice in self.recipe.objectives]
+        if len(parts) == 1:
+            return parts[0][1]
+        from ..objectives import WeightedSum
+
+        return WeightedSum(parts)
+
+    def _objective(self, choice: Choice) -> Any:
+        cls = objective_class(choice)
+        options = {"seed": self.recipe.seed, **choice.options}
+        options.pop("weight", None)
+        tasks: Sequence[Task] = self.tasks
+        if not getattr(cls, "needs_labels", False):
+            tasks = tuple(task.without_labels() for task in tasks)
+        weights = [part.weight for part in self.recipe.tasks]
+        if any(weight != weights[0] for weight in weights):
+            total = sum(weights)
+            options["task_weights"] = {p.name: p.weight / total for p in self.recipe.tasks}
+        parameters = inspect.signature(cls).parameters
+        if "teachers" in parameters:
+            options["teachers"] = {part.name: self._teacher(part) for part in self.recipe.tasks}
+        if "progress" in parameters and self.progress is not None:
+            options["progress"] = self.progress
+        return cls(self.model, tasks, **options)
+
+    def _teacher(self, part: TaskPart) -> Callable[[], Any]:
+        name = part.teacher or part.name
+        if name == "base":
+            return self.pool.base_weights
+        if name not in self.pool.names:
+            where = f"task '{part.name}'"
+            raise UsageProblem(
+                f"{unknown('teacher', name, ['base', *self.pool.names], where=where)} Name one with 'teacher:' in the "
+                "recipe."
+            )
+        return lambda: one_expert(self.pool, name)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Pool, objective, blocks and domain together."""
+        from ..solvers import Problem, make_domain
+
+        return Problem(self.pool, self.objective, blocks=self.blocks, domain=make_domain(self.recipe.domain.plain()))
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The rows of Λ."""
+        kind = self.recipe.blocks
+        if isinstance(kind, str):
+            choose("block kind", kind, BLOCK_KINDS)
+        return self.pool.blocks(kind if isinstance(kind, str) else list(kind))
+
+    @cached_property
+    def solver(self) -> Solver:
+        """The solver with its options."""
+        from ..solvers import make_solver
+
+        return make_solver(self.recipe.solver.plain())
+
+    @cached_property
+    def start(self) -> str | Result:
+        """Where the solve begins."""
+        from ..solvers import Result
+
+        form, _, argument = self.recipe.start.partition(":")
+        return Result.load(argument) if form == "run" else self.recipe.start
+
+    def check_names(self) -> None:
+        """Find misspelled names and options before any file is opened."""
+        from ..solvers import DOMAINS
+
+        self.solver  # noqa: B018 (made for its errors)
+        choose("domain", self.recipe.domain.name, DOMAINS)
+        for choice in self.recipe.objectives:
+            check_objective(choice)
+        if isinstance(self.recipe.blocks, str):
+            choose("block kind", self.recipe.blocks, BLOCK_KINDS)
+
+    def resolved(self) -> Recipe:
+        """The recipe with every default filled in and every path absolute."""
+        recipe = self.recipe
+        objectives = tuple(self._filled(choice) for choice in recipe.objectives)
+        return replace(
+            recipe,
+            pool=self._resolved_pool(recipe.pool),
+            model=self._resolved_model(recipe.model),
+            tasks=tuple(
+                replace(
+                    task,
+                    npz=_absolute(task.npz),
+                    folder=_absolute(task.folder),
+                    test=_absolute(task.test),
+                    classes=_absolute(task.classes) if isinstance(task.classes, str) else task.classes,
+                    split=task.split or recipe.split,
+                    limit=task.limit if task.limit is not None else recipe.limit,
+                )
+                for task in recipe.tasks
+            ),
+            objective=objectives[0] if len(objectives) == 1 else objectives,
+            domain=Choice.read(self.problem.domain.describe(), "domain"),
+            solver=Choice.read(self.solver.describe(), "solver"),
+        )
+
+    def _filled(self, choice: Choice) -> Choice:
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(objective_class(choice)).parameters.items()
+            if name not in PROVIDED and parameter.default is not inspect.Parameter.empty
+        }
+        return Choice(choice.name, {**defaults, "seed": self.recipe.seed, **choice.options})
+
+    def _resolved_model(self, part: ModelPart) -> ModelPart:
+        architecture = part.architecture
+        if isinstance(architecture, str):
+            architecture = _absolute(architecture)
+        module = part.module
+        if module is not None:
+            file, _, function = module.rpartition(":")
+            module = f"{_absolute(file)}:{function}"
+        return replace(part, architecture=architecture, weights=_absolute(part.weights), module=module)
+
+    def _resolved_pool(self, part: PoolPart) -> PoolPart:
+        pool = self.pool  # opened, so that globs have become paths and "auto" a backend
+        if self.recipe.zoo:
+            return replace(part, experts=tuple(pool.names), backend=pool.backend)
+        experts = {name: str(_absolute(path)) for name, path in self.paths.items()}
+        return replace(part, base=_absolute(part.base), experts=experts, backend=pool.backend)
+
+
+BLOCK_KINDS = ("model", "layer", "tensor", "row")
+
+
+def objective_class(choice: Choice) -> Any:
+    """The class behind an objective's name."""
+    from ..objectives.registry import OBJECTIVES
+
+    # The others take other objectives or a loss function: a list of objectives in the recipe is their weighted sum.
+    known = [name for name, entry in OBJECTIVES.items() if entry.data in ("labelled", "unlabelled", "teachers")]
+    choose("objective", choice.name, known)
+    return OBJECTIVES[choice.name].load()
+
+
+def check_objective(choice: Choice) -> None:
+    """Refuse an objective that does not exist, and options that it does not have."""
+    parameters = inspect.signature(objective_class(choice)).parameters
+    known = [name for name in parameters if name not in PROVIDED]
+    for option in choice.options:
+        if option not in known and option != "weight":
+            raise unknown(f"option of the objective '{choice.name}':", option, known)
+
+
+def one_expert(pool: Pool, name: str) -> dict[str, Any]:
+    """The merged tensors of one expert, θ0 + τ_i."""
+    import numpy as np
+
+    one_hot = np.zeros((1, pool.n))
+    one_hot[0, pool.names.index(name)] = 1.0
+    weights: dict[str, Any] = pool.combine(one_hot, pool.blocks("model"))
+    return weights
+
+
+def _absolute(path: str | None) -> str | None:
+    """An absolute path for what exists, so that the recipe in a run folder works from anywhere."""
+    return path if path is None or not Path(path).expanduser().exists() else str(Path(path).expanduser().absolute())
+
+
+def load_weights(path: str | Path) -> dict[str, Any]:
+    """All floating-point tensors of a checkpoint, float32, on the CPU."""
+    import torch
+
+    from ..pools.checkpoint import Buffer, open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    weights: dict[str, torch.Tensor] = {}
+    for name, info in checkpoint.tensors.items():
+        if info.is_float:
+            flat = checkpoint.read(name, 0, info.numel, Buffer(info.nbytes))
+            weights[name] = flat.to(torch.float32).reshape(info.shape)
+    return weights
+
+
+def merged_weights(setup: Setup, result: Result) -> dict[str, Any]:
+    """The merged tensors of a result, θ0 + A Λ."""
+    weights: dict[str, Any] = setup.pool.combine(result.coefficients, setup.blocks)
+    return weights
