@@ -100,10 +100,10 @@ def head_of(rows: torch.Tensor, name: str) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(visual: torch.nn.Module, images: Bytes, labels: Any, head: torch.Tensor) -> float:
-    """Top-1 accuracy in percent."""
+    """Top-1 accuracy, a share of 1."""
     visual.eval()
     hits = 0
     for i in range(0, len(images), 500):
         scores = visual(pixels(images[i : i + 500])) @ head.T
         hits += int((scores.argmax(1) == torch.as_tensor(labels[i : i + 500])).sum())
-    return 100.0 * hits / len(images)
+    return hits / len(images)
