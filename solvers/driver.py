@@ -208,6 +208,8 @@ def certify(
     problem.refresh()
     evaluation = problem.evaluate(point)
     certificate = solver.certificate(problem, point, evaluation)
+    if not math.isfinite(evaluation.value):
+        status = NONFINITE
     message = MESSAGES[status]
     certified = certificate.holds(max(tol, rtol * abs(evaluation.value)))
     if status in (STALLED, MAX_ITER, TIME_LIMIT) and certified:

@@ -57,7 +57,7 @@ def plain(content: Any) -> Any:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Write arrays as safetensors, atomically, with JSON values as metadata."""
-    packed = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    packed = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     write_bytes(path, serialize(packed, metadata={key: dumps(value) for key, value in metadata.items()}))
 
 

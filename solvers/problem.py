@@ -27,19 +27,35 @@ Array = np.ndarray[Any, Any]
 
 
 class ObjectiveEvaluation(Protocol):
-    """What an objective returns: a loss, the losses of its tasks, and the gradient (or one gradient a task)."""
+    """What an objective returns."""
 
-    loss: float
-    task_losses: Mapping[str, float]
-    gradient: Any
+    @property
+    def loss(self) -> float:
+        """Σ_t w_t loss_t."""
+
+    @property
+    def task_losses(self) -> Mapping[str, float]:
+        """loss_t by task."""
+
+    @property
+    def gradient(self) -> Any:
+        """One tensor a parameter, or a list of that: one gradient a task."""
 
 
 class Objective(Protocol):
     """A loss over weights; :mod:`mergesolve.objectives` has those that come with the package."""
 
-    tasks: Sequence[str]
-    task_weights: Array
-    stochastic: bool
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the tasks."""
+
+    @property
+    def task_weights(self) -> Array:
+        """Weights w [T] of the tasks in the loss."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether batches differ from one iteration to the next."""
 
     @property
     def data_used(self) -> Mapping[str, Any]:

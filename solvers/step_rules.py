@@ -68,17 +68,19 @@ class LineSearch(StepRule):
         check_number(self, "xtol", 0, 1, closed="neither")
 
     def __call__(self, search: Search, memory: Memory) -> float:
-        """Try the end of the segment, then Brent inside it; keep the lowest value seen."""
+        """Try the end of the segment, then the minimum of a quadratic, then Brent; keep the lowest value seen."""
         trials = {0.0: search.value}
 
         def value(step: float) -> float:
             trials[step] = search.along(step)
             return trials[step]
 
-        # A quadratic through f(0), f'(0), f(limit) is exact for quadratic objectives and a good first guess for others.
-        end = value(search.limit)
-        curvature = 2 * (end - search.value - search.slope * search.limit) / search.limit**2
-        if curvature > 0 and 0 < -search.slope / curvature < search.limit:
+        end = search.limit
+        while not math.isfinite(value(end)) and len(trials) < self.evaluations // 2:
+            end /= 4  # the model overflows far out: look closer
+        # The quadratic through f(0), f'(0), f(end) is exact for quadratic objectives: two evaluations are all it takes.
+        curvature = 2 * (trials[end] - search.value - search.slope * end) / end**2
+        if math.isfinite(curvature) and curvature > 0 and 0 < -search.slope / curvature < end:
             guess = -search.slope / curvature
             predicted = search.value + 0.5 * search.slope * guess
             found = value(guess)
@@ -86,9 +88,9 @@ class LineSearch(StepRule):
                 return min(trials, key=trials.__getitem__)
         minimize_scalar(
             value,
-            bounds=(0.0, search.limit),
+            bounds=(0.0, end),
             method="bounded",
-            options={"xatol": self.xtol * search.limit, "maxiter": max(1, self.evaluations - len(trials) + 1)},
+            options={"xatol": self.xtol * end, "maxiter": max(1, self.evaluations - len(trials) + 1)},
         )
         return min(trials, key=lambda step: (trials[step] if math.isfinite(trials[step]) else math.inf, step))
 
