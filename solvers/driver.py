@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .solver import Solver, State
 from .trace import TraceFile, header, read_trace, record
 
 CHECKPOINT = "checkpoint.safetensors"
+RUNNING = ("samples_seen", "gradient_samples", "value_samples")  # of the data used: these add up over resumed parts
 Callback = Callable[[dict[str, Any]], None]
 
 MESSAGES = {
@@ -52,8 +53,10 @@ class Progress:
     best: np.ndarray | None = None
     best_iteration: int = 0
     seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    data: dict[str, int] = field(default_factory=dict)
 
-    def save(self, path: Path, identity: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    def save(self, path: Path, identity: Mapping[str, Any], problem: MatrixProblem) -> None:
         """Write the checkpoint atomically."""
         arrays = {f"memory.{name}": value for name, value in self.state.memory.items()}
         arrays["coefficients"] = self.state.coefficients
@@ -61,7 +64,8 @@ class Progress:
             arrays["best"] = self.best
         metadata = {
             "identity": identity,
-            "counts": counts,
+            "counts": asdict(problem.counts),
+            "data": self.data_with(problem),
             "iteration": self.iteration,
             "best_value": self.best_value.hex(),
             "best_iteration": self.best_iteration,
@@ -69,8 +73,13 @@ class Progress:
         }
         write_arrays(path, arrays, metadata)
 
+    def data_with(self, problem: MatrixProblem) -> dict[str, Any]:
+        """Return what the objective consumed, in this process and before it was resumed."""
+        used = problem.data_used
+        return {**used, **{key: used[key] + self.data.get(key, 0) for key in RUNNING if key in used}}
+
     @classmethod
-    def load(cls, path: Path, identity: Mapping[str, Any]) -> tuple[Progress, dict[str, int]]:
+    def load(cls, path: Path, identity: Mapping[str, Any]) -> Progress:
         """Read a checkpoint. Raises OptionError if it belongs to another solve, naming what differs."""
         arrays, metadata = read_arrays(path)
         expected, found = plain(identity), metadata["identity"]
@@ -83,15 +92,16 @@ class Progress:
         solver_memory = {
             name.removeprefix("memory."): value for name, value in arrays.items() if name.startswith("memory.")
         }
-        progress = cls(
+        return cls(
             State(arrays["coefficients"], solver_memory),
             int(metadata["iteration"]),
             float.fromhex(metadata["best_value"]),
             arrays.get("best"),
             int(metadata["best_iteration"]),
             float(metadata["seconds"]),
+            metadata["counts"],
+            {key: value for key, value in metadata["data"].items() if key in RUNNING},
         )
-        return progress, metadata["counts"]
 
 
 def solve(
@@ -138,8 +148,8 @@ def solve(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if resume and (folder / CHECKPOINT).exists():
-                progress, counts = Progress.load(folder / CHECKPOINT, identity)
-                for name, value in counts.items():
+                progress = Progress.load(folder / CHECKPOINT, identity)
+                for name, value in progress.counts.items():
                     setattr(problem.counts, name, value)
                 kept = [r for r in read_trace(folder / TRACE)[1] if r["iteration"] < progress.iteration]
             else:
@@ -169,7 +179,7 @@ def solve(
                 if progress.iteration % checkpoint_every == 0:
                     problem.refresh()
                     if folder is not None:
-                        progress.save(folder / CHECKPOINT, identity, asdict(problem.counts))
+                        progress.save(folder / CHECKPOINT, identity, problem)
                 if progress.seconds >= time_limit:
                     status = TIME_LIMIT
                     break
@@ -231,7 +241,7 @@ def certify(
         nit=visit.iteration if visit is not None else progress.iteration,
         best_iteration=progress.best_iteration,
         counts=asdict(problem.counts),
-        data=problem.data_used,
+        data=progress.data_with(problem),
         seed=about["seed"],
         solver=solver.describe(),
         domain=problem.domain.describe(),

@@ -272,7 +272,7 @@ class Problem(MatrixProblem):
         self.task_weights = np.asarray(objective.task_weights, dtype=np.float64)
         self.stochastic = bool(objective.stochastic)
         self.counts = Counts()
-        self._bytes_before = pool.bytes_read
+        self._bytes_seen = pool.bytes_read
         self._at: tuple[Array, dict[str, Any]] | None = None  # the last point and its weights
         self._raw_geometry: RawGeometry | None = None
 
@@ -367,7 +367,8 @@ class Problem(MatrixProblem):
         return self._raw_geometry
 
     def _count_bytes(self) -> None:
-        self.counts.bytes_read = self.pool.bytes_read - self._bytes_before
+        self.counts.bytes_read += self.pool.bytes_read - self._bytes_seen
+        self._bytes_seen = self.pool.bytes_read
 
 
 class WeightLine:

@@ -85,10 +85,11 @@ class WeightQuadratic:
         self.seed = 0
         self.draws = []
         self.shift = 0.0
+        self.seen = 0
 
     @property
     def data_used(self):
-        return {"labelled": 0, "unlabelled": 0, "test_inputs": False, "samples_seen": 0}
+        return {"labelled": 0, "unlabelled": 0, "test_inputs": False, "samples_seen": self.seen}
 
     def describe(self):
         return {"name": "weight-quadratic", "tasks": list(self.tasks)}
@@ -107,6 +108,7 @@ class WeightQuadratic:
         return float(np.dot(self.task_weights, list(self._losses(weights).values())))
 
     def value_and_grad(self, weights, *, per_task=False):
+        self.seen += 1
         losses = self._losses(weights)
         gradients = [{k: w + self.shift - target[k] for k, w in weights.items()} for target in self.targets.values()]
         total = {k: sum(float(c) * g[k] for c, g in zip(self.task_weights, gradients, strict=True)) for k in weights}

@@ -92,7 +92,8 @@ def test_resumed_solve_equals_uninterrupted_solve(name, stochastic, merge, tmp_p
     assert resumed.objective == whole.objective
     assert [line["value"] for line in resumed.trace] == [line["value"] for line in whole.trace]
     assert [line["iteration"] for line in resumed.trace] == list(range(len(whole.trace)))
-    assert resumed.counts["gradients"] == whole.counts["gradients"]
+    assert resumed.counts["gradients"] == whole.counts["gradients"] == whole.data["samples_seen"]
+    assert resumed.data == whole.data
 
 
 @pytest.mark.parametrize("name", SOLVERS)
