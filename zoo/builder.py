@@ -139,8 +139,15 @@ def build_expert(folder: Path, settings: Settings, name: str, progress: Progress
         visual.load_state_dict(base)
     zero_shot = small.accuracy(visual, *test, head)
     scale = float(model.logit_scale.exp())
-    train = split_images(row, "train", settings.train)
-    seconds = finetune(visual, head, scale, *train, settings.finetuning, progress, name)
+    seconds = finetune(
+        visual,
+        head,
+        scale,
+        lambda e: split_images(row, "train", settings.train, e),
+        settings.finetuning,
+        progress,
+        name,
+    )
     stored = encode(visual.state_dict(), base)
     exact = small.accuracy(visual, *test, head)
     visual.load_state_dict(decode(stored, base))

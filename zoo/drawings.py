@@ -46,11 +46,11 @@ def _glyph(face: str, character: str) -> Bytes:
 
 
 def glyphs(variants: Sequence[str], faces: Sequence[str], plain: int) -> Drawing:
-    """Class k is any character of variants[k] in any face; below level 1 only the first `plain` faces are used."""
+    """Class k is any character of variants[k] in any face; up to level 0.5 only the first `plain` faces are used."""
 
     def batch(rng: Rng, classes: Ints, level: float) -> Bytes:
         masks = np.zeros((len(classes), 3, CANVAS, CANVAS), dtype=np.uint8)
-        chosen = rng.integers(len(faces) if level >= 1 else plain, size=len(classes))
+        chosen = rng.integers(len(faces) if level > 0.5 else plain, size=len(classes))
         which = rng.integers(1 << 16, size=len(classes))
         for i, k in enumerate(classes):
             characters = variants[k]

@@ -24,6 +24,8 @@ class Concepts:
     drawing: Drawing
     nuisance: Nuisance = field(default_factory=Nuisance)
     palette: Palette | None = None
+    severity: float = 1.0
+    """Nuisance level of the task's own splits."""
     splits: dict[str, Drawing] | None = None
     """Drawings of the splits where these differ (real data: other scans in each split)."""
 
@@ -201,9 +203,13 @@ def images(
     return np.concatenate(parts), labels
 
 
-def split_images(row: Concepts, split: str, n: int | None = None) -> tuple[Bytes, Ints]:
-    """The n (default: `SPLITS`) images of one split at full nuisance: the same on every call."""
-    return images(row, n or SPLITS[split], generator(row.name, _STREAMS[split]), 1.0, split)
+def split_images(row: Concepts, split: str, n: int | None = None, edition: int = 0) -> tuple[Bytes, Ints]:
+    """The n (default: `SPLITS`) images of one split at the task's severity: the same on every call.
+
+    edition: 0 for the split itself; others are rendered anew, to augment it (in training only).
+    """
+    rng = generator(row.name, _STREAMS[split], *([edition] if edition else []))
+    return images(row, n or SPLITS[split], rng, row.severity, split)
 
 
 def reference_images(split: str, each: int) -> dict[str, tuple[Bytes, Ints]]:
