@@ -431,7 +431,7 @@ def _prefixed(names: Iterable[str]) -> bool:
 def _seeded() -> Iterator[None]:
     """Initialize from seed 0 and leave the caller's random numbers alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         yield
 
 

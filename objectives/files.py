@@ -20,7 +20,8 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise DataError(f"data: there is no file {str(path)!r}.")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"data: {str(path)!r} holds one array; an .npz file with named arrays is needed.")
             return {name: file[name] for name in file.files}

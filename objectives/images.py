@@ -123,8 +123,9 @@ def to_inputs(
 
 
 def _as_tensor(array: Any, where: str) -> Tensor:
+    values = np.ascontiguousarray(array)
     try:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
     except TypeError as error:
         raise DataError(f"{where}: inputs must be an array of numbers, got {type(array).__name__}: {error}") from error
 

@@ -335,7 +335,8 @@ def epoch_batch(samples: int, size: int | None, iteration: int | None, seed: int
 
 def add_gradient(loss: Tensor, scale: float) -> None:
     """Add scale · ∇loss into the leaves' gradients, tensor by tensor: there is never a second gradient in memory."""
-    (loss * scale).backward()  # type: ignore[no-untyped-call]
+    if loss.requires_grad:  # a loss without any of the weights in it adds nothing
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
 
 
 def _collect(leaves: Weights, weights: Weights) -> Weights:
@@ -352,9 +353,13 @@ def _collect(leaves: Weights, weights: Weights) -> Weights:
 def frozen_randomness(seed: int, iteration: int | None, device: torch.device) -> Iterator[None]:
     """The same random numbers and the same kernels in every evaluation of one iteration, so that a line search compares
     like with like."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # For models that draw random numbers in spite of eval mode.
-        torch.manual_seed(seed * 1_000_003 + (iteration or 0))
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        # For models that draw random numbers in spite of eval mode. Only the generators saved above are seeded.
+        torch.default_generator.manual_seed(seed * 1_000_003 + (iteration or 0))
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed * 1_000_003 + (iteration or 0))
         # Without a gradient, attention would take a fused kernel that rounds differently from the one with a gradient.
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
