@@ -10,7 +10,7 @@ import click
 import yaml
 
 from .names import UsageProblem
-from .recipe import Recipe, assign, from_mapping, merge, parse_assignments, read_yaml, relative_to
+from .recipe import Recipe, assign, from_mapping, from_yaml, merge, parse_assignments, read_yaml, relative_to
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,6 +46,7 @@ pool_flags = _apply(
 data_flags = _apply(
     [
         click.option("--zoo", is_flag=True, default=None, help="Pool, model and tasks of the embedded benchmark."),
+        click.option("--zoo-data", metavar="FOLDER", help="A zoo that `mergesolve zoo build` left, instead."),
         click.option(
             "--task",
             "tasks",
@@ -138,10 +139,10 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
     fields: dict[str, Any] = {}
     if recipe_file is not None:
         fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
-    zoo = bool(flags.get("zoo") or fields.get("zoo"))
     over: dict[str, Any] = {}
-    if flags.get("zoo"):
-        over["zoo"] = True
+    if flags.get("zoo") or flags.get("zoo_data"):
+        over["zoo"] = flags.get("zoo_data") or True
+    zoo = bool(over.get("zoo", fields.get("zoo")))
     if pool := pool_fields(flags, zoo=zoo):
         over["pool"] = pool
     if model := model_fields(flags):
@@ -164,7 +165,7 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
         if not separator or not path:
             raise UsageProblem(f"--set '{pair}': expected FIELD=VALUE, such as solver.step_rule=open-loop.")
         try:
-            assign(fields, path, yaml.safe_load(value))
+            assign(fields, path, from_yaml(value))
         except yaml.YAMLError:
             raise UsageProblem(f"--set '{pair}': the value is not YAML.") from None
     return from_mapping(fields, PRESETS)

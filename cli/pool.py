@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ def group() -> None:
 @group.command()
 @click.argument("pool_yaml", required=False, metavar="[POOL.yaml]")
 @click.option("--zoo", is_flag=True, help="The pool of the embedded benchmark, its bad experts included.")
+@click.option("--zoo-data", metavar="FOLDER", help="The pool of a zoo that `mergesolve zoo build` left.")
 @pool_flags
 @click.option("--figure", metavar="PATH", help="Draw the cosine matrix: PATH.png, PATH.svg, or both without suffix.")
 @json_flag
-def inspect(pool_yaml: str | None, zoo: bool, figure: str | None, as_json: bool, **flags: Any) -> None:
+def inspect(
+    pool_yaml: str | None, zoo: bool, zoo_data: str | None, figure: str | None, as_json: bool, **flags: Any
+) -> None:
     """Sizes, blocks, norms and cosines of task vectors, sign conflicts, and experts that look wrong.
 
     Flagged are experts that do not descend from the base (norm and cosine far outside the rest), duplicates, NaN and
@@ -50,9 +54,11 @@ def inspect(pool_yaml: str | None, zoo: bool, figure: str | None, as_json: bool,
         if flags["pool_file"]:
             raise UsageProblem(f"two pool files: '{pool_yaml}' and --pool '{flags['pool_file']}'. Give one.")
         flags["pool_file"] = pool_yaml
-    setup = Setup(Recipe(zoo=zoo, pool=parse(PoolPart, pool_fields(flags, zoo=zoo), "pool")))
-    if zoo and not setup.recipe.pool.experts:
-        setup.recipe = Recipe(zoo=True, pool=PoolPart(experts=tuple(setup.zoo.experts)))
+    source = zoo_data or zoo
+    part = parse(PoolPart, pool_fields(flags, zoo=bool(source)), "pool")
+    setup = Setup(Recipe(zoo=source, pool=part))
+    if source and not part.experts:
+        setup.recipe = Recipe(zoo=source, pool=replace(part, experts=tuple(setup.zoo.experts)))
     pool = setup.pool
     report = look(pool)
     if figure is not None:

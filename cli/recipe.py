@@ -8,8 +8,10 @@ coefficients. Nothing here imports torch: a recipe is read, checked and printed 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +84,8 @@ class TaskPart:
     """One task: where its data are, what its classes are called, how much of it is used.
 
     npz, folder, hub: the data to solve with; test: the data of the same kind to evaluate on (for hub: split "test").
-    classes: names, or for a folder a mapping of subfolders to names or a file of names; config, image, label: a hub data
-    set's configuration and columns.
+    classes: names, or for a folder a mapping of subfolders to names or a file of names; config, image, label: the
+    configuration and the columns of a hub data set.
     limit: at most so many samples, class-balanced, drawn from `seed`. teacher: the expert that distillation listens to
     (the one named like the task unless told). weight: the task's share of the objective.
     """
@@ -114,11 +116,12 @@ class TaskPart:
 class Recipe:
     """A solve, completely.
 
-    zoo: pool, model and tasks come from the embedded benchmark. split, limit: what tasks use that do not say it
-    themselves. start: average, base, task-arithmetic:SCALE, expert:NAME, or run:FOLDER (another run's result).
+    zoo: pool, model and tasks come from the embedded benchmark, or from the folder that `zoo build` left. split, limit:
+    what tasks use that do not say it themselves. start: average, base, task-arithmetic:SCALE, expert:NAME, or run:FOLDER
+    (another run's result). preset: the named recipe whose fields stand under these.
     """
 
-    zoo: bool = False
+    zoo: bool | str = False
     pool: PoolPart = field(default_factory=PoolPart)
     model: ModelPart = field(default_factory=ModelPart)
     tasks: tuple[TaskPart, ...] = ()
@@ -219,6 +222,20 @@ def assign(fields: dict[str, Any], path: str, value: Any) -> None:
     at[last] = value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write numbers: PyYAML follows YAML 1.1, which reads 1e-6 as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def from_yaml(text: str) -> Any:
+    """The value of a YAML text; raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+
+
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageProblem with file and line for anything else."""
     try:
@@ -228,7 +245,7 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UsageProblem(f"{what} '{path}': not a text file, expected YAML.") from None
     try:
-        value = yaml.safe_load(text)
+        value = from_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageProblem(f"{what} '{path}'{line}: not YAML ({error.problem}).") from None
@@ -245,7 +262,7 @@ _PATHS = {"pool": ("base",), "model": ("architecture", "weights")}
 
 def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The fields of a recipe file with its paths made relative to where the command runs."""
-    fields = dict(fields)
+    fields = copy.deepcopy(fields)
 
     def place(path: Any) -> Any:
         if not isinstance(path, str) or Path(path).is_absolute():
@@ -264,6 +281,8 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
             fields["pool"]["experts"] = {name: place(path) for name, path in experts.items()}
         elif isinstance(experts, (list, tuple)):
             fields["pool"]["experts"] = [place(path) for path in experts]
+    if isinstance(fields.get("zoo"), str):
+        fields["zoo"] = place(fields["zoo"])
     model = fields.get("model")
     if isinstance(model, Mapping) and isinstance(model.get("module"), str) and ":" in model["module"]:
         file, _, function = model["module"].rpartition(":")

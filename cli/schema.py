@@ -56,11 +56,6 @@ def convert(hint: Any, value: object, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         read = getattr(hint, "read", None)
         return read(value, where) if read else parse(typing.cast(type, hint), value, where)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text: it wants 1.0e-6
-        try:
-            return float(value)
-        except ValueError:
-            pass
     accepted: tuple[type, ...] = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise UsageProblem(f"{where} must be {describe(hint)}; found {found(value)}.")

@@ -30,12 +30,25 @@ class Setup:
     progress: Progress | None = None
     paths: dict[str, str] = field(default_factory=dict)  # of the experts, once the pool is open
 
+    def another(self, recipe: Recipe) -> Setup:
+        """The setup of another recipe, with what both share already made: zoo, pool, model."""
+        new = Setup(recipe, paths=self.paths)
+        same = {
+            "zoo": recipe.zoo == self.recipe.zoo,
+            "pool": (recipe.zoo, recipe.pool) == (self.recipe.zoo, self.recipe.pool),
+            "model": (recipe.zoo, recipe.pool, recipe.model) == (self.recipe.zoo, self.recipe.pool, self.recipe.model),
+        }
+        for name, shared in same.items():
+            if shared and name in self.__dict__:
+                new.__dict__[name] = self.__dict__[name]
+        return new
+
     @cached_property
     def zoo(self) -> Any:
         """The embedded benchmark."""
         from ..zoo import load
 
-        return load()
+        return load(data=self.recipe.zoo) if isinstance(self.recipe.zoo, str) else load()
 
     @cached_property
     def pool(self) -> Pool:
@@ -144,7 +157,7 @@ class Setup:
         return self._load(part, "test", None, None if as_folder else part.test, part.test if as_folder else None)
 
     def _is_zoo(self, part: TaskPart) -> bool:
-        return self.recipe.zoo and part.npz is None and part.folder is None and part.hub is None
+        return bool(self.recipe.zoo) and part.npz is None and part.folder is None and part.hub is None
 
     def _load(self, part: TaskPart, split: str, limit: int | None, npz: str | None, folder: str | None) -> Task:
         from ..objectives import Task
@@ -261,6 +274,7 @@ class Setup:
         objectives = tuple(self._filled(choice) for choice in recipe.objectives)
         return replace(
             recipe,
+            zoo=_absolute(recipe.zoo) or False if isinstance(recipe.zoo, str) else recipe.zoo,
             pool=self._resolved_pool(recipe.pool),
             model=self._resolved_model(recipe.model),
             tasks=tuple(
@@ -344,18 +358,12 @@ def _absolute(path: str | None) -> str | None:
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
-    """All floating-point tensors of a checkpoint, float32, on the CPU."""
-    import torch
+    """All floating-point tensors of a checkpoint (file, folder or Hub id), float32, on the CPU."""
+    from ..pools import Pool
 
-    from ..pools.checkpoint import Buffer, open_checkpoint
-
-    checkpoint = open_checkpoint(path)
-    weights: dict[str, torch.Tensor] = {}
-    for name, info in checkpoint.tensors.items():
-        if info.is_float:
-            flat = checkpoint.read(name, 0, info.numel, Buffer(info.nbytes))
-            weights[name] = flat.to(torch.float32).reshape(info.shape)
-    return weights
+    # Nothing is merged here: the checkpoint stands for base and expert, and only the base is read.
+    weights = Pool.open(base=str(path), experts={"itself": str(path)}, backend="streaming").base_weights()
+    return {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
 
 
 def merged_weights(setup: Setup, result: Result) -> dict[str, Any]:

@@ -81,9 +81,7 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
     else:
         plan = recipe_from(flags, recipe)
         folder = new_run_folder(plan, run_folder, overwrite=overwrite)
-    outcome = execute(
-        plan, folder, resume=resume is not None, quiet=quiet or as_json, merge=merge, figures=figures
-    )
+    outcome = execute(plan, folder, resume=resume is not None, quiet=quiet or as_json, merge=merge, figures=figures)
     return report(outcome, as_json=as_json, quiet=quiet)
 
 

@@ -22,8 +22,9 @@ def group() -> None:
 
 
 @group.command()
+@click.option("--zoo-data", metavar="FOLDER", help="A zoo that `mergesolve zoo build` left, instead.")
 @json_flag
-def info(as_json: bool) -> None:
+def info(zoo_data: str | None, as_json: bool) -> None:
     """Tasks, and what the base and the experts reach on them. Builds the cache on first use.
 
     \b
@@ -31,35 +32,30 @@ def info(as_json: bool) -> None:
       mergesolve zoo info
       mergesolve zoo info --json
     """
-    from ..reports.tables import listing, percent
+    from ..reports.tables import listing
     from ..zoo import load
     from .console import note, print_json, show
 
-    zoo = load()
+    zoo = load(data=zoo_data)
     record: dict[str, Any] = dict(zoo.record)
     if as_json:
         print_json({"base": str(zoo.base), "experts": {k: str(v) for k, v in zoo.experts.items()}, "record": record})
         return
-    zero_shot, own = record.get("zero_shot", {}), record.get("experts", {})
     rows = []
     for name in zoo.tasks:
-        task = zoo.task(name, split="test")
-        rows.append((name, str(len(task.classes)), percent(zero_shot.get(name)), percent(own.get(name))))
-    means = [_mean(zero_shot), _mean(own)]
-    rows.append(("mean", "", percent(means[0]), percent(means[1])))
+        entry = record["experts"][name]
+        rows.append((name, str(entry["classes"]), f"{entry['zero_shot']:.1f}", f"{entry['expert']:.1f}"))
+    rows.append(("mean", "", f"{record['zero_shot_mean']:.1f}", f"{record['expert_mean']:.1f}"))
     show(listing(("task", "classes", "zero-shot", "expert"), rows, title="top-1 on test", numeric=(1, 2, 3)))
     others = [name for name in zoo.experts if name not in zoo.task_experts]
     note(f"further experts: {', '.join(others)}; files in {zoo.base.parent}")
 
 
-def _mean(values: dict[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
-
-
 @group.command()
 @click.argument("out", metavar="FOLDER")
 @click.option("--reduced", is_flag=True, help="A small zoo in less than a minute, to see that the builder works.")
-def build(out: str, reduced: bool) -> None:
+@click.option("--workers", type=click.IntRange(1), default=1, metavar="N", help="Experts fine-tuned side by side.")
+def build(out: str, reduced: bool, workers: int) -> None:
     """Build the zoo from nothing into FOLDER: pre-train the base, fine-tune every expert. Deterministic.
 
     The full zoo takes hours on a CPU; mergesolve ships its result, and does not need this command.
@@ -70,8 +66,19 @@ def build(out: str, reduced: bool) -> None:
       mergesolve zoo build my_zoo
     """
     from ..zoo import build as construct
-    from .console import note
+    from .console import INTERVAL, counting, note
 
     began = time.monotonic()
-    construct(out, reduced=reduced, progress=note)
+    with counting("building", quiet=False) as step:
+        last = 0.0
+
+        def progress(what: str, done: int, total: int, loss: float) -> None:
+            nonlocal last
+            if step is not None:
+                step(f"{what}, loss {loss:.3f}", done, total)
+            elif time.monotonic() - last > INTERVAL:
+                last = time.monotonic()
+                note(f"{what}: {done}/{total}, loss {loss:.3f}")
+
+        construct(out, reduced=reduced, workers=workers, progress=progress)
     note(f"built {out} in {time.monotonic() - began:.0f} s")

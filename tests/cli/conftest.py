@@ -1,0 +1,98 @@
+"""A pool of three small classifiers on disk, with their data, and a way to run the command on it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mergesolve.cli import main
+from safetensors.torch import save_file
+
+NAMES = ("blue", "green", "red")
+NET = """import torch
+
+def mlp():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
+
+def nothing():
+    return 3
+"""
+RECIPE = """\
+pool: {base: base.safetensors, experts: ['experts/*.safetensors']}
+model: {module: 'net.py:mlp'}
+tasks:
+- {name: blue, npz: blue_train.npz, test: blue_test.npz}
+- {name: green, npz: green_train.npz, test: green_test.npz}
+- {name: red, npz: red_train.npz, test: red_test.npz}
+domain: capped
+"""
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base.safetensors, experts/NAME.safetensors, NAME_{train,test}.npz, net.py, recipe.yaml; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "net.py").write_text(NET)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "experts").mkdir()
+    spec = importlib.util.spec_from_file_location("net", folder / "net.py")
+    assert spec is not None
+    assert spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(code)
+    net = code.mlp()
+    base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    save_file(base, folder / "base.safetensors")
+    for seed, name in enumerate(NAMES):
+        generator = torch.Generator().manual_seed(seed)
+        centres = 1.5 * torch.randn(3, 6, generator=generator)
+        labels = torch.randint(0, 3, (60,), generator=generator)
+        inputs = centres[labels] + 0.7 * torch.randn(60, 6, generator=generator)
+        for split, part in (("train", slice(0, 30)), ("test", slice(30, 60))):
+            np.savez(
+                folder / f"{name}_{split}.npz",
+                inputs=inputs[part].numpy(),
+                labels=labels[part].numpy(),
+                classes=np.array(["a", "b", "c"]),
+            )
+        net.load_state_dict(base)
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        for _ in range(40):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(inputs[:30]), labels[:30]).backward()
+            optimizer.step()
+        save_file(
+            {k: v.detach().clone() for k, v in net.state_dict().items()}, folder / "experts" / f"{name}.safetensors"
+        )
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in an empty folder; returns exit_code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MERGESOLVE_DEBUG", raising=False)
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def solved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the tiny pool, with merged checkpoint and figures; not to be written to."""
+    folder = tmp_path_factory.mktemp("solved") / "run"
+    result = CliRunner().invoke(
+        main, ["solve", str(tiny / "recipe.yaml"), "--preset", "fw-soft", "--max-iter", "4", "--run", str(folder)]
+    )
+    assert result.exit_code == 0, result.output
+    return folder
