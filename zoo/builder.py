@@ -19,6 +19,7 @@ import torch
 from open_clip.model import CLIP
 
 from . import model as small
+from .rendering import Bytes, Ints
 from .storage import checksum, decode, encode, half, norm, read, write
 from .tasks import ALL, BY_NAME, TASKS, TEMPLATES, split_images
 from .training import Finetuning, Pretraining, Progress, finetune, pretrain
@@ -30,7 +31,10 @@ MISINITIALIZED_TASK = "shapes"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what is built."""
+    """Everything that decides what is built.
+
+    train, test: images a task (None: `SPLITS`); level: factor of the tasks' nuisance.
+    """
 
     width: int = 144
     layers: int = 4
@@ -41,6 +45,7 @@ class Settings:
     tasks: tuple[str, ...] = tuple(row.name for row in TASKS)
     train: int | None = None
     test: int | None = None
+    level: float = 1.0
     pretraining_threads: int = 1
     finetuning_threads: int = 1
 
@@ -56,11 +61,11 @@ REDUCED = Settings(
     heads=2,
     embed_dim=32,
     pretraining=Pretraining(rounds=2, round_size=3000, passes=2, batch=128, lr=2e-3, warmup=10),
-    finetuning=Finetuning(epochs=6, batch=64, lr=1e-3, warmup=5),
-    tasks=("shapes", "textures"),
+    finetuning=Finetuning(epochs=10, batch=32, lr=2e-3, warmup=5),
+    tasks=("shapes", "angles"),
     train=600,
     test=300,
-    pretraining_threads=1,
+    level=0.15,
 )
 """A few tasks, a tiny model, a few steps: the same code in well under a minute."""
 
@@ -134,20 +139,16 @@ def build_expert(folder: Path, settings: Settings, name: str, progress: Progress
     head = read(folder / "heads.safetensors")[row.name]
     model: CLIP = small.create(settings.architecture(), settings.pretraining.seed + (1 if stranger else 0))
     visual = model.visual
-    test = split_images(row, "test", settings.test)
+    test = split_images(row, "test", settings.test, settings.level)
     if not stranger:
         visual.load_state_dict(base)
     zero_shot = small.accuracy(visual, *test, head)
     scale = float(model.logit_scale.exp())
-    seconds = finetune(
-        visual,
-        head,
-        scale,
-        lambda e: split_images(row, "train", settings.train, e),
-        settings.finetuning,
-        progress,
-        name,
-    )
+
+    def epoch(number: int) -> tuple[Bytes, Ints]:
+        return split_images(row, "train", settings.train, settings.level, number)
+
+    seconds = finetune(visual, head, scale, epoch, settings.finetuning, progress, name)
     stored = encode(visual.state_dict(), base)
     exact = small.accuracy(visual, *test, head)
     visual.load_state_dict(decode(stored, base))

@@ -87,8 +87,10 @@ class Zoo:
         if split not in splits:
             raise DataError(f"zoo: there is no split {split!r} of {name!r}; the splits are {', '.join(splits)}.")
         row = BY_NAME[name]
-        size = self.record["settings"].get(split)
-        images, labels = self._cached(f"{name}-{split}", lambda: split_images(row, split, size))
+        settings = self.record["settings"]
+        images, labels = self._cached(
+            f"{name}-{split}", lambda: split_images(row, split, settings.get(split), settings["level"])
+        )
         task = Task(name, torch.from_numpy(images), torch.from_numpy(labels), row.classes, TEMPLATES, split)
         return task if limit is None else task.subset(limit, seed=0)
 
@@ -133,7 +135,7 @@ class Zoo:
                 Path(partial).unlink(missing_ok=True)
                 raise
         try:
-            with np.load(path) as stored:  # a zip file, which checks its own sums
+            with path.open("rb") as file, np.load(file) as stored:  # a zip file, which checks its own sums
                 return stored["images"], stored["labels"]
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"zoo: the cached images {path} are damaged ({error}); delete the file to have them "

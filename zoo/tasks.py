@@ -188,6 +188,8 @@ def generator(name: str, stream: int, *more: int) -> np.random.Generator:
 
 def balanced(rng: np.random.Generator, n: int, classes: int) -> Ints:
     """n labels, each class equally often (to within one), in random order."""
+    if n < classes:
+        return rng.permutation(classes)[:n].astype(np.int64)
     return rng.permutation(np.arange(n) % classes).astype(np.int64)
 
 
@@ -203,13 +205,15 @@ def images(
     return np.concatenate(parts), labels
 
 
-def split_images(row: Concepts, split: str, n: int | None = None, edition: int = 0) -> tuple[Bytes, Ints]:
-    """The n (default: `SPLITS`) images of one split at the task's severity: the same on every call.
+def split_images(
+    row: Concepts, split: str, n: int | None = None, level: float = 1.0, edition: int = 0
+) -> tuple[Bytes, Ints]:
+    """The n (default: `SPLITS`) images of one split at `level` times the task's severity: the same on every call.
 
     edition: 0 for the split itself; others are rendered anew, to augment it (in training only).
     """
     rng = generator(row.name, _STREAMS[split], *([edition] if edition else []))
-    return images(row, n or SPLITS[split], rng, row.severity, split)
+    return images(row, n or SPLITS[split], rng, row.severity * level, split)
 
 
 def reference_images(split: str, each: int) -> dict[str, tuple[Bytes, Ints]]:

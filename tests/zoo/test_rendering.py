@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from mergesolve.zoo.drawings import HUES, among_distractors, named_colour
 from mergesolve.zoo.rendering import Nuisance, render
 from mergesolve.zoo.tasks import ALL, TASKS, Concepts, generator, images
@@ -36,8 +35,8 @@ def test_drawings_do_not_overlap_and_leave_no_canvas_empty(row: Concepts) -> Non
 
 @ROWS
 def test_classes_of_a_row_look_different(row: Concepts) -> None:
-    # The mean of a class, over drawings and over their spectra (gratings have no fixed place), is nearest to the mean of
-    # the same class in other drawings more often than chance would have it.
+    # The mean of a class, over drawings and over their spectra (gratings have no fixed place), is nearest to the mean
+    # of the same class in other drawings more often than chance would have it.
     if row.palette is named_colour:
         pytest.skip("colour is the class, the drawings are alike")
     n = len(row.classes)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from mergesolve.zoo.storage import SCALE, decode, encode, half, norm, read, write
 
 

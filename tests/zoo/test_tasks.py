@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from mergesolve.zoo.model import CONTEXT, captions, tokens, vocabulary
 from mergesolve.zoo.tasks import ALL, BY_NAME, TASKS, TEMPLATES, balanced, images, reference_images, split_images
 
