@@ -2,8 +2,8 @@
 
     θ_b = θ0_b + Σ_i Λ[b,i] τ_{i,b}
 
-A kind is a partition of the merged parameters: the whole `model`, a `layer`, a `tensor`, a `row` (one leading index of a
-tensor: an output unit of a matrix, an entry of a vector), or regular expressions of the user's.
+A kind is a partition of the merged parameters: the whole `model`, a `layer`, a `tensor`, a `row` (one leading index
+of a tensor: an output unit of a matrix, an entry of a vector), or regular expressions of the user's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a tensor belongs to: up to its first index, further through nested containers, else its module.
+    """Return the layer of a tensor: its name up to the first index, or through nested containers, else its module.
 
     >>> layer_of("transformer.resblocks.3.attn.in_proj_weight")
     'transformer.resblocks.3'
@@ -88,8 +88,9 @@ def make_blocks(kind: str | Sequence[str], shapes: Mapping[str, tuple[int, ...]]
             )
         if kind == "row":
             return _row_blocks(shapes)
-        key = {"model": lambda name: "model", "layer": layer_of, "tensor": lambda name: name}[kind]
-        return _grouped(kind, {name: key(name) for name in shapes})
+        if kind == "model":
+            return _grouped(kind, dict.fromkeys(shapes, "model"))
+        return _grouped(kind, {name: layer_of(name) if kind == "layer" else name for name in shapes})
     return _pattern_blocks(tuple(kind), shapes)
 
 
@@ -136,8 +137,8 @@ def _pattern_blocks(patterns: tuple[str, ...], shapes: Mapping[str, tuple[int, .
     idle = [pattern for pattern in patterns if pattern not in set(group.values())]
     if idle:
         raise PoolError(
-            f"blocks: {listing(map(repr, idle))} is left without a tensor (each goes to the first pattern that matches); "
-            "remove it or put it earlier."
+            f"blocks: {listing(map(repr, idle))} is left without a tensor (each goes to the first pattern that matches)"
+            "; remove it or put it earlier."
         )
     return _grouped("patterns", group, patterns)
 

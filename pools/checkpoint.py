@@ -14,7 +14,7 @@ import re
 import struct
 import weakref
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -75,12 +75,31 @@ class TensorInfo:
 
 
 class Buffer:
-    """Reusable bytes with the two views that reading and arithmetic need."""
+    """Reusable bytes, seen as elements of any type."""
 
     def __init__(self, nbytes: int) -> None:
         self.bytes = torch.empty(nbytes, dtype=torch.uint8)
-        self.view = memoryview(self.bytes.numpy())
-        self.floats = self.bytes[: nbytes // 4 * 4].view(torch.float32)
+        self._view: Any = memoryview(self.bytes.numpy())  # type: ignore[arg-type]
+        self._windows: dict[tuple[int, torch.dtype], tuple[Any, torch.Tensor]] = {}
+
+    def window(self, count: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+        """Return the first `count` elements as writable bytes and as a tensor (kept for the next call)."""
+        found = self._windows.get((count, dtype))
+        if found is None:
+            size = count * dtype.itemsize
+            found = self._windows[count, dtype] = (self._view[:size], self.bytes[:size].view(dtype))
+        return found
+
+    def floats(self, count: int) -> torch.Tensor:
+        """Return the first `count` float32 elements."""
+        return self.window(count, torch.float32)[1]
+
+
+Read = Callable[[int, int, Buffer], torch.Tensor]
+"""read(start, stop, buffer) -> elements [start, stop) of one tensor, flat, in its stored dtype, on the CPU.
+
+The result may alias the buffer (which must be large enough) or the checkpoint itself: it is not to be written to.
+"""
 
 
 class Checkpoint(Protocol):
@@ -90,11 +109,8 @@ class Checkpoint(Protocol):
     """The path, or what stands for it in messages."""
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
-        """Return elements [start, stop) of a tensor, flat, in its stored dtype, on the CPU.
-
-        The result may alias `buffer` (which must hold the bytes) or the checkpoint itself: it is not to be written to.
-        """
+    def reader(self, name: str) -> Read:
+        """Return the function that reads pieces of a tensor."""
         ...
 
     def location(self, name: str) -> str:
@@ -109,7 +125,7 @@ class MemoryCheckpoint:
         wrong = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
         if wrong:
             raise PoolError(
-                f"pool: {label} holds {listing(map(repr, wrong))}, not a tensor; give a state dict (module.state_dict())."
+                f"pool: {label} holds {listing(map(repr, wrong))}, no tensor; give a state dict (module.state_dict())."
             )
         self.label = label
         self._flat = {name: value.detach().to("cpu").contiguous().view(-1) for name, value in state.items()}
@@ -117,9 +133,10 @@ class MemoryCheckpoint:
             name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in state.items()
         }
 
-    def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
-        """Return a slice of the tensor itself."""
-        return self._flat[name][start:stop]
+    def reader(self, name: str) -> Read:
+        """Return slices of the tensor itself."""
+        flat = self._flat[name]
+        return lambda start, stop, buffer: flat[start:stop]
 
     def location(self, name: str) -> str:
         """Return the label."""
@@ -141,22 +158,25 @@ class FileCheckpoint:
             weakref.finalize(self, os.close, self._descriptor)
         return self._descriptor
 
-    def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
+    def reader(self, name: str) -> Read:
         """Read into the buffer; raise PoolError if the file ends before the tensor does."""
-        info = self.tensors[name]
-        size = info.dtype.itemsize
-        count = (stop - start) * size
-        at = self._offsets[name] + start * size
-        descriptor = self._open()
-        done = os.preadv(descriptor, [buffer.view[:count]], at)
-        while done < count:
-            more = os.preadv(descriptor, [buffer.view[done:count]], at + done)
-            if more == 0:
-                raise PoolError(
-                    f"pool: {self.label} ends inside {name!r} (byte {at + done}); the file was cut short. Copy it again."
-                )
-            done += more
-        return buffer.bytes[:count].view(info.dtype)
+        offset, dtype = self._offsets[name], self.tensors[name].dtype
+        size, descriptor = dtype.itemsize, self._open()
+
+        def read(start: int, stop: int, buffer: Buffer) -> torch.Tensor:
+            view, tensor = buffer.window(stop - start, dtype)
+            done = os.preadv(descriptor, [view], offset + start * size)
+            while done < len(view):
+                more = os.preadv(descriptor, [view[done:]], offset + start * size + done)
+                if more == 0:
+                    raise PoolError(
+                        f"pool: {self.label} ends inside {name!r} (byte {offset + start * size + done}); "
+                        "the file was cut short. Copy it again."
+                    )
+                done += more
+            return tensor
+
+        return read
 
     def location(self, name: str) -> str:
         """Return the file."""
@@ -171,9 +191,9 @@ class ShardedCheckpoint:
         self._shards = shards
         self.tensors: Mapping[str, TensorInfo] = {name: shard.tensors[name] for name, shard in shards.items()}
 
-    def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
+    def reader(self, name: str) -> Read:
         """Read from the shard that holds the tensor."""
-        return self._shards[name].read(name, start, stop, buffer)
+        return self._shards[name].reader(name)
 
     def location(self, name: str) -> str:
         """Return the shard's file."""
@@ -255,7 +275,8 @@ def open_safetensors(path: Path) -> FileCheckpoint:
         ) from None
     if 8 + length + end > size:
         raise PoolError(
-            f"pool: {path} is cut short: its header promises {8 + length + end} bytes, the file has {size}. Copy it again."
+            f"pool: {path} is cut short: its header promises {8 + length + end} bytes, the file has {size}. "
+            "Copy it again."
         )
     return FileCheckpoint(path, tensors, offsets)
 
@@ -264,8 +285,8 @@ def open_torch(path: Path) -> Checkpoint:
     """Open a state dict written by `torch.save`, without running any code that it may contain."""
     convert = (
         f'If you trust it, convert it once: python -c "import torch; from safetensors.torch import save_file; '
-        f"m = torch.load('{path}', weights_only=False, map_location='cpu'); m = m.state_dict() if hasattr(m, 'state_dict') "
-        "else m.get('state_dict', m); "
+        f"m = torch.load('{path}', weights_only=False, map_location='cpu'); "
+        "m = m.state_dict() if hasattr(m, 'state_dict') else m.get('state_dict', m); "
         f"save_file({{k: v.contiguous().clone() for k, v in m.items()}}, '{path.with_suffix('.safetensors')}')\""
     )
     if not zipfile.is_zipfile(path):
@@ -288,8 +309,7 @@ def open_torch(path: Path) -> Checkpoint:
         raise PoolError(f"pool: {path} {what}; only plain state dicts are opened. {convert}") from None
     if state is None:
         raise PoolError(
-            f"pool: {path} holds no state dict (a mapping of names to tensors, possibly under 'state_dict' or 'model'). "
-            f"{convert}"
+            f"pool: {path} holds no state dict (names to tensors, possibly under 'state_dict' or 'model'). {convert}"
         )
     infos = {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in state.items()}
     offsets: dict[str, int] = {}
@@ -300,7 +320,7 @@ def open_torch(path: Path) -> Checkpoint:
             raise PoolError(
                 f"pool: {name!r} in {path} is not stored contiguously, so it cannot be read in pieces. {convert}"
             )
-        offsets[name] = offset + value.storage_offset() * value.dtype.itemsize
+        offsets[name] = offset + int(value.storage_offset()) * value.dtype.itemsize
         if offsets[name] + infos[name].nbytes > size:
             raise PoolError(f"pool: {path} is cut short: {name!r} lies beyond its end. Copy it again.")
     return FileCheckpoint(path, infos, offsets)
@@ -369,7 +389,8 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
     absent = sorted(tensor for tensor, name in weight_map.items() if tensor not in files[name].tensors)
     if absent:
         raise PoolError(
-            f"pool: {index} places {listing(map(repr, absent))} in shards that do not hold them. Write the shards again."
+            f"pool: {index} places {listing(map(repr, absent))} in shards that do not hold them. "
+            "Write the shards again."
         )
     return ShardedCheckpoint(folder, {tensor: files[name] for tensor, name in weight_map.items()})
 

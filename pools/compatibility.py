@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from .blocks import compile_pattern, natural
-from .checkpoint import Buffer, Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, Read, TensorInfo
 from .errors import PoolError, listing
 
 SHOWN = 40  # names a line; the rest is counted
@@ -27,17 +25,17 @@ class RenamedCheckpoint:
             name = rename(stored, prefixes)
             if name in self.stored_names:
                 raise PoolError(
-                    f"pool: after renaming, {self.stored_names[name]!r} and {stored!r} in {self.label} are both {name!r}; "
-                    "make the rename prefixes more specific."
+                    f"pool: after renaming, {self.stored_names[name]!r} and {stored!r} in {self.label} "
+                    f"are both {name!r}; make the rename prefixes more specific."
                 )
             self.stored_names[name] = stored
         self.tensors: Mapping[str, TensorInfo] = {
             name: checkpoint.tensors[stored] for name, stored in self.stored_names.items()
         }
 
-    def read(self, name: str, start: int, stop: int, buffer: Buffer) -> torch.Tensor:
+    def reader(self, name: str) -> Read:
         """Read under the stored name."""
-        return self._checkpoint.read(self.stored_names[name], start, stop, buffer)
+        return self._checkpoint.reader(self.stored_names[name])
 
     def location(self, name: str) -> str:
         """Return the file."""
@@ -68,8 +66,8 @@ def mergeable(
 ) -> dict[str, tuple[int, ...]]:
     """Return the floating-point tensors that all models share, in natural order, with their shapes.
 
-    Integer tensors are the base's affair: an expert may lack them or have others. Raises PoolError that names, for every
-    expert, what is missing, what is too much, and what has another shape or another kind of number.
+    Integer tensors are the base's affair: an expert may lack them or have others. Raises PoolError that names, for
+    every expert, what is missing, what is too much, and what has another shape or another kind of number.
     """
     chosen = select(sorted(base.tensors, key=natural), include, exclude)
     floats = [name for name in chosen if base.tensors[name].is_float]

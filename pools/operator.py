@@ -4,8 +4,8 @@
     correlate:  S[b,i] = ⟨G_b, τ_{i,b}⟩
     gram:       K[b,i,j] = ⟨τ_{i,b}, τ_{j,b}⟩
 
-Tensors are cut into pieces that stay in cache; within a piece the arithmetic is float32 on task vectors, sums over pieces
-are float64 and taken in a fixed order, so that results do not depend on the number of threads.
+Tensors are cut into pieces that stay in cache; within a piece the arithmetic is float32 on task vectors, sums over
+pieces are float64 and taken in a fixed order, so that results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from .blocks import Blocks
 from .sources import Scratch, TaskVectors
 from .workers import Workers
+
+PIECE = 1 << 17  # elements: 512 kB each of base, task vector and gradient stay in cache
+SEGMENT = 4096  # elements of a sum of squares that float32 is trusted with
 
 Weights = dict[str, torch.Tensor]
 Matrix = NDArray[np.float64]
@@ -50,12 +53,11 @@ def pieces(source: TaskVectors, blocks: Blocks, names: Sequence[str], limit: int
         if size == 0:
             continue
         if count == 1:
-            step = size if source.whole else limit
-            found += [Piece(name, a, min(a + step, size), rows, None) for a in range(0, size, step)]
+            found += [Piece(name, a, min(a + limit, size), rows, None) for a in range(0, size, limit)]
             continue
         width = size // count
-        if source.whole or width <= limit:
-            step = count if source.whole else limit // width
+        if width <= limit:
+            step = limit // width
             for r in range(0, count, step):
                 end = min(r + step, count)
                 found.append(Piece(name, r * width, end * width, slice(rows.start + r, rows.start + end), width))
@@ -84,24 +86,25 @@ def correlate(
         for name in names
     }
     work = pieces(source, blocks, names, workers.limit)
-    partial: list[Matrix | None] = [None] * len(work)
+    partial: dict[int, Matrix] = {}
 
     def do(index: int, scratch: Scratch) -> None:
         piece = work[index]
         stacked = _stack([g if g is None else g[piece.start : piece.stop] for g in flat[piece.name]])
+        stacked_t = stacked.t()
         rows = 1 if piece.width is None else piece.rows.stop - piece.rows.start
         out = np.empty((len(gradients), rows, len(experts)))
         for positions, delta in source.deltas(piece.name, experts, piece.start, piece.stop, scratch):
             if piece.width is None:
-                out[:, 0, positions] = torch.mm(stacked, delta.t()).numpy()
+                out[:, 0, positions] = torch.mm(delta, stacked_t).numpy().T
             else:
                 out[:, :, positions] = _row_dots(stacked, delta, piece.width)
         partial[index] = out
 
-    workers.run(range(len(work)), do, serial=source.whole)
+    workers.run(range(len(work)), do, serial=source.serial)
     scores = np.zeros((len(gradients), blocks.count, len(experts)))
-    for piece, part in zip(work, partial, strict=True):
-        scores[:, piece.rows] += part
+    for index, piece in enumerate(work):
+        scores[:, piece.rows] += partial[index]
     return scores
 
 
@@ -138,8 +141,8 @@ def combine(
     """Return θ0 + Σ_i Λ[b,i] τ_{i,b}, or only the sum.
 
     With `since` = (Λ_old, weights of Λ_old) the weights are updated in place: pieces whose rows did not change are left
-    alone, and of the others only the experts whose coefficients changed are read, unless starting from the base reads no
-    more than that.
+    alone, and of the others only the experts whose coefficients changed are read, unless starting from the base reads
+    no more than that.
     """
     names = list(source.shapes) if names is None else names
     weights = {name: torch.empty(source.shapes[name], device=device) for name in names} if since is None else since[1]
@@ -174,7 +177,7 @@ def combine(
             else:
                 out.copy_(total.add_(base))
 
-    workers.run(work, do, serial=source.whole)
+    workers.run(work, do, serial=source.serial)
     return weights
 
 
@@ -188,7 +191,7 @@ def _weighted_sum(
 ) -> torch.Tensor:
     """Return Σ_i λ_i τ_i over one piece, in the scratch buffer where it fits."""
     size = piece.stop - piece.start
-    total = scratch.sum.floats[:size] if size <= scratch.limit else torch.empty(size)
+    total = scratch.sum.floats(size)
     asked = experts.tolist()
     first = True
     for positions, delta in source.deltas(piece.name, asked, piece.start, piece.stop, scratch, base):
@@ -215,22 +218,36 @@ def gram(source: TaskVectors, workers: Workers, blocks: Blocks) -> Matrix:
     # All experts of a piece are held at once: shorter pieces keep that within the memory of a few ordinary ones.
     limit = max(1024, min(workers.limit, 4 * workers.limit // max(n, 1)))
     work = pieces(source, blocks, list(source.shapes), limit)
-    partial: list[Matrix | None] = [None] * len(work)
+    partial: dict[int, Matrix] = {}
 
     def do(index: int, scratch: Scratch) -> None:
         piece = work[index]
         stack = piece_stack(source, piece, scratch)
         if piece.width is None:
-            partial[index] = torch.mm(stack, stack.t()).double().unsqueeze(0).numpy()
-        else:
+            partial[index] = _segmented_gram(stack).unsqueeze(0).numpy()
+        elif piece.width <= SEGMENT:
             by_row = stack.view(n, -1, piece.width).transpose(0, 1)
             partial[index] = torch.bmm(by_row, by_row.transpose(1, 2)).double().numpy()
+        else:
+            by_row = stack.view(n, -1, piece.width).transpose(0, 1)
+            partial[index] = torch.stack([_segmented_gram(row) for row in by_row]).numpy()
 
-    workers.run(range(len(work)), do, serial=source.whole)
+    workers.run(range(len(work)), do, serial=source.serial)
     result = np.zeros((blocks.count, n, n))
-    for piece, part in zip(work, partial, strict=True):
-        result[piece.rows] += part
+    for index, piece in enumerate(work):
+        result[piece.rows] += partial[index]
     return result
+
+
+def _segmented_gram(stack: torch.Tensor) -> torch.Tensor:
+    """Return the inner products of rows [n, elements], float64 [n, n].
+
+    Sums of squares only grow, so float32 is left to short segments.
+    """
+    even = stack.shape[1] // SEGMENT * SEGMENT
+    segments = stack[:, :even].unflatten(1, (-1, SEGMENT)).transpose(0, 1)
+    rest = stack[:, even:]
+    return torch.bmm(segments, segments.transpose(1, 2)).sum(0, dtype=torch.float64) + torch.mm(rest, rest.t()).double()
 
 
 def piece_stack(source: TaskVectors, piece: Piece, scratch: Scratch) -> torch.Tensor:

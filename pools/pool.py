@@ -30,9 +30,6 @@ from .writer import write_checkpoint
 Backend = Literal["auto", "streaming", "resident"]
 BACKENDS = ("auto", "streaming", "resident")
 
-STREAMING_PIECE = 1 << 17  # elements: 512 kB of float32 for each of base, task vector and gradient stay in cache
-RESIDENT_PIECE = 1 << 19  # elements: nothing is copied, so longer pieces only save overhead
-
 
 class Models:
     """The checkpoints of a pool and which of their tensors are merged; shared by its subsets and transforms."""
@@ -51,7 +48,7 @@ class Models:
         self._merged: dict[str, Shape] | None = None
 
     def merged(self, workers: Workers) -> dict[str, Shape]:
-        """Return the tensors that differ between models; compares data on the first call, up to the first difference."""
+        """Return the tensors that differ between models; the first call compares data, up to the first difference."""
         if self._merged is None:
             names = list(self.candidates)
             same = dict.fromkeys(names, True)
@@ -74,13 +71,14 @@ def _identical(name: str, base: Checkpoint, experts: Sequence[Checkpoint], scrat
     """Whether a tensor has the same values in all models; stops at the first piece that differs."""
     size = prod(base.tensors[name].shape)
     kind = base.tensors[name].dtype
+    read_base, readers = base.reader(name), [expert.reader(name) for expert in experts]
     start, step = 0, min(1024, scratch.limit)
     while start < size:
         stop = min(start + step, size)
-        reference = base.read(name, start, stop, scratch.base)
+        reference = read_base(start, stop, scratch.base)
         scratch.bytes_read += reference.nbytes
-        for expert in experts:
-            other = expert.read(name, start, stop, scratch.raw)
+        for read in readers:
+            other = read(start, stop, scratch.raw)
             scratch.bytes_read += other.nbytes
             if other.dtype == kind:
                 equal = torch.equal(other.view(torch.uint8), reference.view(torch.uint8))
@@ -120,8 +118,7 @@ class Pool:
         self._models = models
         self._given_source = source
         self._lineage = lineage
-        self._workers = Workers(STREAMING_PIECE)
-        self._resident_workers = Workers(RESIDENT_PIECE)
+        self._workers = Workers(operator.PIECE)
         self._fingerprint: str | None = None
         elements = sum(prod(shape) for shape in models.candidates.values())
         needed = resident_nbytes(self.n, models.candidates)
@@ -130,8 +127,8 @@ class Pool:
             backend = "resident" if 4 * self.n * elements < room / 2 else "streaming"
         elif backend == "resident" and needed > room:
             raise PoolError(
-                f"pool: the resident backend needs {memory.readable(needed)} on {self.device} for {self.n} task vectors of "
-                f'{elements} parameters, and {memory.readable(room)} are available; use backend="streaming".'
+                f"pool: the resident backend needs {memory.readable(needed)} on {self.device} for {self.n} task "
+                f'vectors of {elements} parameters; {memory.readable(room)} are available. Use backend="streaming".'
             )
         self.backend: str = backend
         self.memory_needed: int = needed if backend == "resident" else self._workers.nbytes
@@ -263,7 +260,7 @@ class Pool:
                 for key in _sample(sorted(self._models.candidates), 64):
                     size = model.tensors[key].numel
                     middle = size // 2
-                    piece = model.read(key, middle, min(middle + 256, size), scratch.raw)
+                    piece = model.reader(key)(middle, min(middle + 256, size), scratch.raw)
                     scratch.bytes_read += piece.nbytes
                     digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
             self._fingerprint = digest.hexdigest()
@@ -287,11 +284,11 @@ class Pool:
 
     def _engine(self) -> tuple[TaskVectors, Workers]:
         if self.backend == "resident":
-            return self._resident, self._resident_workers
+            return self._resident, self._workers
         return self._source, self._workers
 
     def blocks(self, kind: str | Sequence[str]) -> Blocks:
-        """Partition the merged tensors: "model", "layer", "tensor", "row", or regular expressions (first match wins)."""
+        """Partition the merged tensors by "model", "layer", "tensor", "row", or regular expressions (first match)."""
         return make_blocks(kind, self.tensors)
 
     def combine(self, coefficients: Matrix, blocks: Blocks, *, since: tuple[Matrix, Weights] | None = None) -> Weights:
@@ -322,7 +319,7 @@ class Pool:
         *,
         experts: Sequence[int] | None = None,
     ) -> Matrix:
-        """Return the scores S[b,i] = ⟨G_b, τ_{i,b}⟩, [rows, n]; for a sequence of k gradients, in one pass, [k, rows, n].
+        """Return the scores S[b,i] = ⟨G_b, τ_{i,b}⟩, [rows, n]; for k gradients, in one pass, [k, rows, n].
 
         Tensors that a gradient lacks count as 0. With `experts` (indices) only those are read; other columns are nan.
         """
@@ -366,7 +363,8 @@ class Pool:
         """Return a pool whose task vectors are fn(name, base [*shape], task_vectors [n, *shape]) -> [n, *shape].
 
         `fn` is called tensor by tensor, when the tensor is used: with the streaming backend once in every pass, so it
-        must be a pure function (seed its random numbers by name). `label` says what it does; it enters the fingerprint.
+        must be a pure function (seed its random numbers by name) of CPU tensors. `label` says what it does; it enters
+        the fingerprint.
         """
         if not isinstance(label, str) or not label:
             raise PoolError(f"pool: a transform needs a label that says what it does; got {label!r}.")
@@ -396,10 +394,11 @@ class Pool:
         scratch = self._workers.scratch()
         for name, info in base.tensors.items():
             kind = torch.float32 if info.is_float else info.dtype
+            read = base.reader(name)
             flat = torch.empty(info.numel, dtype=kind)
             for start in range(0, info.numel, scratch.limit):
                 stop = min(start + scratch.limit, info.numel)
-                flat[start:stop] = base.read(name, start, stop, scratch.raw)
+                flat[start:stop] = read(start, stop, scratch.raw)
                 scratch.bytes_read += (stop - start) * info.dtype.itemsize
             weights[name] = flat.view(info.shape).to(self.device)
         return weights
@@ -417,10 +416,10 @@ class Pool:
         """Write the merged model to a .safetensors file or a folder, tensor by tensor, and return the files.
 
         Merged tensors are those of `combine`, carried ones the base's, all under the names that the base's file uses.
-        Element types are `dtype`, else the pool's, else the base's per tensor. A folder is sharded above `max_shard_size`
-        bytes and gets the base folder's configuration and tokenizer files. The header's metadata says where the weights
-        came from. Raises OSError if the place cannot be written, PoolError for coefficients that are not finite and
-        values that overflow the element type; then nothing is left behind.
+        Element types are `dtype`, else the pool's, else the base's per tensor. A folder is sharded above
+        `max_shard_size` bytes and gets the base folder's configuration and tokenizer files. The header's metadata says
+        where the weights came from. Raises OSError if the place cannot be written, PoolError for coefficients that are
+        not finite and values that overflow the element type; then nothing is left behind.
         """
         self._check_blocks(blocks)
         matrix = self._matrix(coefficients, blocks, "coefficients")
@@ -445,11 +444,11 @@ class Pool:
                 yield _cast(merged, target, name)
                 return
             scratch = self._workers.scratch()
-            info = base.tensors[name]
+            info, stored_piece = base.tensors[name], base.reader(name)
             for start in range(0, info.numel, scratch.limit):
                 stop = min(start + scratch.limit, info.numel)
                 scratch.bytes_read += (stop - start) * info.dtype.itemsize
-                yield _cast(base.read(name, start, stop, scratch.raw), target, name)
+                yield _cast(stored_piece(start, stop, scratch.raw), target, name)
 
         summary = {
             "mergesolve": version("mergesolve"),
@@ -477,7 +476,8 @@ class Pool:
         matrix = np.asarray(value, dtype=np.float64)
         if matrix.shape != (blocks.count, self.n):
             raise PoolError(
-                f"pool: {what} must have the shape [rows, experts] = [{blocks.count}, {self.n}]; got {list(matrix.shape)}."
+                f"pool: {what} must have the shape [rows, experts] = [{blocks.count}, {self.n}]; "
+                f"got {list(matrix.shape)}."
             )
         return matrix
 
@@ -492,8 +492,8 @@ class Pool:
             ):
                 found = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
                 raise PoolError(
-                    f"pool: the weights of `since` hold {found} for {name!r}; expected contiguous float32 {list(shape)}, "
-                    "as combine returned them."
+                    f"pool: the weights of `since` hold {found} for {name!r}; expected contiguous float32 "
+                    f"{list(shape)}, as combine returned them."
                 )
         return weights
 
@@ -502,12 +502,13 @@ class Pool:
             if name in self.tensors:
                 if tuple(value.shape) != self.tensors[name]:
                     raise PoolError(
-                        f"pool: the gradient of {name!r} has shape {list(value.shape)}; expected {list(self.tensors[name])}."
+                        f"pool: the gradient of {name!r} has shape {list(value.shape)}; "
+                        f"expected {list(self.tensors[name])}."
                     )
             elif name not in self._models.base.tensors:
                 raise PoolError(
-                    f"pool: there is a gradient for {name!r}, which is no tensor of the base; rename the pool's tensors "
-                    "(rename) or the model's." + nearest(name, self.tensors)
+                    f"pool: there is a gradient for {name!r}, which is no tensor of the base; match the names with "
+                    "rename." + nearest(name, self.tensors)
                 )
 
     def _index(self, expert: int) -> int:

@@ -11,7 +11,7 @@ from math import prod
 import torch
 
 from .blocks import make_blocks
-from .operator import pieces
+from .operator import Piece, pieces
 from .sources import Scratch, Shape, TaskVectors
 from .workers import Workers
 
@@ -31,7 +31,7 @@ def resident_nbytes(n: int, shapes: Mapping[str, Shape]) -> int:
 class Resident:
     """Task vectors stacked in memory, with the base beside them."""
 
-    whole = False
+    serial = False
 
     def __init__(self, source: TaskVectors, workers: Workers) -> None:
         self.n = source.n
@@ -46,15 +46,15 @@ class Resident:
         blocks = make_blocks("tensor", source.shapes)
         everyone = range(source.n)
 
-        def load(piece: object, scratch: Scratch) -> None:
-            name, start, stop = piece.name, piece.start, piece.stop  # type: ignore[attr-defined]
+        def load(piece: Piece, scratch: Scratch) -> None:
+            name, start, stop = piece.name, piece.start, piece.stop
             at = self.offsets[name]
             base = source.base(name, start, stop, scratch)
             self.flat_base[at + start : at + stop] = base
             for positions, delta in source.deltas(name, everyone, start, stop, scratch, base):
                 self.stack[positions, at + start : at + stop] = delta
 
-        workers.run(pieces(source, blocks, list(source.shapes), workers.limit), load, serial=source.whole)
+        workers.run(pieces(source, blocks, list(source.shapes), workers.limit), load, serial=source.serial)
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return a slice."""

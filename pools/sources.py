@@ -38,8 +38,8 @@ class TaskVectors(Protocol):
 
     n: int
     shapes: Mapping[str, Shape]
-    whole: bool
-    """Pieces are whole tensors, taken one after the other (a transform needs that)."""
+    serial: bool
+    """Pieces must be taken in order by one thread (a transform works on whole tensors, one at a time)."""
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return elements [start, stop) of the base, float32, flat; not to be written to."""
@@ -61,31 +61,42 @@ class TaskVectors(Protocol):
         ...
 
 
-def read_float32(
-    checkpoint: Checkpoint, name: str, start: int, stop: int, into: Buffer, scratch: Scratch
-) -> torch.Tensor:
-    """Read a piece as float32; the result may alias `into` or the checkpoint."""
-    info = checkpoint.tensors[name]
-    scratch.bytes_read += (stop - start) * info.dtype.itemsize
-    if info.dtype == torch.float32:
-        return checkpoint.read(name, start, stop, into)
-    return into.floats[: stop - start].copy_(checkpoint.read(name, start, stop, scratch.raw))
+Piecewise = Callable[[int, int, Buffer, Scratch], torch.Tensor]
+
+
+def float32_reader(checkpoint: Checkpoint, name: str) -> Piecewise:
+    """Return a function that reads pieces of a tensor as float32 and counts their bytes.
+
+    Its result may alias the buffer it is given or the checkpoint.
+    """
+    read, dtype = checkpoint.reader(name), checkpoint.tensors[name].dtype
+    size = dtype.itemsize
+
+    def direct(start: int, stop: int, into: Buffer, scratch: Scratch) -> torch.Tensor:
+        scratch.bytes_read += (stop - start) * size
+        return read(start, stop, into)
+
+    def converted(start: int, stop: int, into: Buffer, scratch: Scratch) -> torch.Tensor:
+        scratch.bytes_read += (stop - start) * size
+        return into.floats(stop - start).copy_(read(start, stop, scratch.raw))
+
+    return direct if dtype == torch.float32 else converted
 
 
 class Stored:
     """Task vectors formed from checkpoints as they are read (the `streaming` backend)."""
 
-    whole = False
+    serial = False
 
     def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint], shapes: Mapping[str, Shape]) -> None:
-        self._base = base
-        self._experts = tuple(experts)
         self.n = len(experts)
         self.shapes = shapes
+        self._base = {name: float32_reader(base, name) for name in shapes}
+        self._experts = {name: [float32_reader(expert, name) for expert in experts] for name in shapes}
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Read the base."""
-        return read_float32(self._base, name, start, stop, scratch.base, scratch)
+        return self._base[name](start, stop, scratch.base, scratch)
 
     def deltas(
         self,
@@ -99,27 +110,33 @@ class Stored:
         """Read one expert after the other into one buffer and subtract the base."""
         if base is None:
             base = self.base(name, start, stop, scratch)
-        out = scratch.delta.floats[: stop - start]
+        out = scratch.delta.floats(stop - start)
+        row = out.unsqueeze(0)
+        readers, into = self._experts[name], scratch.delta
         for position, expert in enumerate(experts):
-            value = read_float32(self._experts[expert], name, start, stop, scratch.delta, scratch)
-            yield slice(position, position + 1), torch.sub(value, base, out=out).unsqueeze(0)
+            torch.sub(readers[expert](start, stop, into, scratch), base, out=out)
+            yield slice(position, position + 1), row
 
 
 class Transformed:
-    """Task vectors after a function of each whole tensor's base and task vectors."""
+    """Task vectors after a function of each whole tensor's base and task vectors.
 
-    whole = True
+    The tensor that was last asked for is held, [n, numel], until its last piece has been taken.
+    """
+
+    serial = True
 
     def __init__(self, source: TaskVectors, transform: Transform, label: str) -> None:
         self._source = source
         self._transform = transform
         self._label = label
+        self._held: tuple[str, torch.Tensor] | None = None
         self.n = source.n
         self.shapes = source.shapes
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
-        """Return the whole base tensor, which a transform leaves alone."""
-        return gather_base(self._source, name, scratch)[start:stop]
+        """Return the base, which a transform leaves alone."""
+        return self._source.base(name, start, stop, scratch)
 
     def deltas(
         self,
@@ -130,43 +147,40 @@ class Transformed:
         scratch: Scratch,
         base: torch.Tensor | None = None,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Form all experts' task vectors of the tensor, transform them, and yield those asked for."""
+        """Yield a piece of the transformed task vectors, all experts asked for at once."""
+        if self._held is None or self._held[0] != name:
+            self._held = None  # free it before the next is formed
+            self._held = name, self._tensor(name, scratch)
+        piece = self._held[1][:, start:stop]
+        if stop == self._held[1].shape[1]:
+            self._held = None
+        yield slice(0, len(experts)), piece if list(experts) == list(range(self.n)) else piece[list(experts)]
+
+    def _tensor(self, name: str, caller: Scratch) -> torch.Tensor:
+        """Return the transformed task vectors of one tensor, [n, numel]."""
+        scratch = Scratch(caller.limit)  # the caller may hold a piece of the base in its own
         shape = self.shapes[name]
-        base, stack = gather(self._source, name, scratch, base)
-        result = self._transform(name, base.view(shape), stack.view(self.n, *shape))
+        base, stack = gather(self._source, name, scratch)
+        caller.bytes_read += scratch.bytes_read
+        with torch.no_grad():
+            result = self._transform(name, base.view(shape), stack.view(self.n, *shape))
         if not isinstance(result, torch.Tensor) or tuple(result.shape) != (self.n, *shape):
             found = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
             raise PoolError(
                 f"pool: the transform {self._label!r} returned {found} for {name!r}; expected task vectors of shape "
                 f"{[self.n, *shape]}."
             )
-        stack = result.detach().to("cpu", torch.float32).contiguous().view(self.n, -1)
-        yield slice(0, len(experts)), stack if list(experts) == list(range(self.n)) else stack[list(experts)]
+        return result.detach().to("cpu", torch.float32).contiguous().view(self.n, -1)
 
 
-def gather_base(source: TaskVectors, name: str, scratch: Scratch) -> torch.Tensor:
-    """Return a whole tensor of the base [numel], freshly allocated, float32."""
-    size = prod(source.shapes[name])
-    if source.whole:
-        return source.base(name, 0, size, scratch)
-    out = torch.empty(size)
-    for start in range(0, size, scratch.limit):
-        stop = min(start + scratch.limit, size)
-        out[start:stop] = source.base(name, start, stop, scratch)
-    return out
-
-
-def gather(
-    source: TaskVectors, name: str, scratch: Scratch, base: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(source: TaskVectors, name: str, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a whole tensor's base [numel] and task vectors [n, numel], freshly allocated, float32."""
     size = prod(source.shapes[name])
-    if base is None:
-        base = gather_base(source, name, scratch)
+    base = torch.empty(size)
     stack = torch.empty(source.n, size)
-    step = size if source.whole else scratch.limit
-    for start in range(0, size, max(step, 1)):
-        stop = min(start + step, size)
+    for start in range(0, size, scratch.limit):
+        stop = min(start + scratch.limit, size)
+        base[start:stop] = source.base(name, start, stop, scratch)
         for positions, delta in source.deltas(name, range(source.n), start, stop, scratch, base[start:stop]):
             stack[positions, start:stop] = delta
     return base, stack
@@ -180,7 +194,7 @@ class Selected:
         self._experts = tuple(experts)
         self.n = len(experts)
         self.shapes = source.shapes
-        self.whole = source.whole
+        self.serial = source.serial
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return the base."""

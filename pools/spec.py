@@ -70,7 +70,7 @@ def parse_spec(spec: str | os.PathLike[str] | Mapping[str, Any] | None, given: M
             raise PoolError(
                 f"{owner}: unknown field {key!r}; the fields are {', '.join(FIELDS)}." + nearest(str(key), FIELDS)
             )
-    here = dict.fromkeys(fields, folder)
+    here: dict[str, Path | None] = dict.fromkeys(fields, folder)
     for key, value in given.items():
         if value is not None and value != () and value != {}:
             fields[key], here[key] = value, None
@@ -132,14 +132,15 @@ def expand_experts(
             raise PoolError(f"{owner}: the expert at {path} has an empty name; give it one: experts: {{name: path}}.")
         if name in result:
             raise PoolError(
-                f"{owner}: two experts are called {name!r} ({result[name]} and {path}); name them: experts: {{name: path}}."
+                f"{owner}: two experts are called {name!r} ({result[name]} and {path}); "
+                "name them: experts: {name: path}."
             )
         result[name] = path
     return result
 
 
 def expert_name(path: str) -> str:
-    """Return the stem of a file, or the folder's name (also for files with a standard name, such as model.safetensors)."""
+    """Return the stem of a file or the folder's name, also for standard file names such as model.safetensors."""
     place = Path(path)
     if place.name in WEIGHT_FILES:
         return place.absolute().parent.name
@@ -157,7 +158,7 @@ def parse_dtype(value: object, owner: str) -> torch.dtype | None:
 
 
 def _glob(pattern: str, base: str | None, owner: str) -> list[str]:
-    found = sorted(glob.glob(pattern, recursive=True), key=natural)
+    found = sorted(glob.glob(pattern, recursive=True), key=natural)  # noqa: PTH207 (a pattern may be absolute)
     weights = [
         path
         for path in found

@@ -1,7 +1,7 @@
 """Pieces of work on threads, with results that do not depend on how many there are.
 
-Reading and arithmetic on a piece release the interpreter lock, so plain threads scale. PyTorch's own threads are switched
-off meanwhile: pieces are small, and splitting each of them again costs more than it saves.
+Reading and arithmetic on a piece release the interpreter lock, so plain threads scale. PyTorch's own threads are
+switched off meanwhile: pieces are small, and splitting each of them again costs more than it saves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Safetensors written tensor by tensor, so that memory holds one tensor at a time.
 
-A file is an eight-byte length, a JSON header and the data. It is written under a temporary name, synced, and renamed: what
-has the final name is complete. Every failure of the disk surfaces as OSError, with nothing left behind.
+A file is an eight-byte length, a JSON header and the data. It is written under a temporary name, synced, and renamed:
+what has the final name is complete. Every failure of the disk surfaces as OSError, with nothing left behind.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def write_checkpoint(
 ) -> list[Path]:
     """Write one file if `path` ends in .safetensors, else a folder, in shards of at most `max_shard_size` bytes.
 
-    Configuration and tokenizer files of the folder `companions` are copied along. Returns the files with weights (and the
-    index). Raises OSError if the place cannot be written or has no room.
+    Configuration and tokenizer files of the folder `companions` are copied along. Returns the files with weights (and
+    the index). Raises OSError if the place cannot be written or has no room.
     """
     total = sum(info.nbytes for info in tensors.values())
     if path.suffix.lower() == ".safetensors":
@@ -149,7 +149,7 @@ def temporary(path: Path) -> Iterator[Path]:
     place = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield place
-        os.replace(place, path)
+        place.replace(path)
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
     finally:
