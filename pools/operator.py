@@ -236,7 +236,7 @@ def gram(source: TaskVectors, workers: Workers, blocks: Blocks) -> Matrix:
     result = np.zeros((blocks.count, n, n))
     for index, piece in enumerate(work):
         result[piece.rows] += partial[index]
-    return result
+    return 0.5 * (result + result.transpose(0, 2, 1))  # float32 products are symmetric only to rounding
 
 
 def _segmented_gram(stack: torch.Tensor) -> torch.Tensor:
