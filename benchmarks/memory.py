@@ -2,7 +2,8 @@
 
 Each solve runs in a process of its own: layer-wise oracle, line search, cross-entropy of the whole visual tower on 8
 images, from the average. Python and its libraries (PyTorch, open_clip) hold several hundred MB before anything is
-opened, so the peak is shown with and without what the process held after its imports. The row without a pool is a bare
+opened, so the peak is shown with and without what the process held once a toy objective had been evaluated. The row
+without a pool is a bare
 value and gradient of the same objective.
 """
 
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measure import Architecture, Row, Towers, arguments, classifier, images, resident_bytes, say, show, towers
+from measure import SMALL, Architecture, Row, Towers, arguments, classifier, images, resident_bytes, say, show, towers
 from mergesolve.objectives import CrossEntropy
 from mergesolve.pools import Pool
 from mergesolve.solvers import FrankWolfe, Problem, solve
@@ -24,7 +25,9 @@ ALLOWED_COPIES, ALLOWED_EXTRA = 3, 500e6
 
 def child(folder: Path, n: int, architecture: Architecture, iterations: int = 3) -> dict[str, float]:
     """What one process measures about itself; n = 0 is the objective alone."""
-    imported = resident_bytes()
+    toy = classifier(SMALL)
+    CrossEntropy(toy, [images(toy, 1)]).value_and_grad(toy.base_weights())  # loads what is loaded on first use
+    libraries = resident_bytes()
     model = classifier(architecture)
     objective = CrossEntropy(model, [images(model, 8)])
     if n == 0:
@@ -34,7 +37,7 @@ def child(folder: Path, n: int, architecture: Architecture, iterations: int = 3)
         experts = {f"expert{i:02d}": folder / f"expert{i:02d}.safetensors" for i in range(n)}
         pool = Pool.open(base=folder / "base.safetensors", experts=experts, backend="streaming")
         solve(Problem(pool, objective, blocks="layer"), FrankWolfe(), max_iter=iterations)
-    return {"imported": imported, "peak": resident_bytes(peak=True)}
+    return {"libraries": libraries, "peak": resident_bytes(peak=True)}
 
 
 def run(made: Towers, counts: tuple[int, ...] = (2, 8, 32)) -> list[Row]:
@@ -51,11 +54,11 @@ def run(made: Towers, counts: tuple[int, ...] = (2, 8, 32)) -> list[Row]:
         command = [sys.executable, __file__, "--child", str(n), "--folder", str(made.folder), *small]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout)
-        own = found["peak"] - found["imported"]
+        own = found["peak"] - found["libraries"]
         allowed = ALLOWED_COPIES * made.bytes + ALLOWED_EXTRA
         figures = {
             "peak MB": f"{found['peak'] / 1e6:.0f}",
-            "after imports MB": f"{found['imported'] / 1e6:.0f}",
+            "libraries MB": f"{found['libraries'] / 1e6:.0f}",
             "solve MB": f"{own / 1e6:.0f}",
             "solve, in model copies": f"{own / made.bytes:.2f}",
         }
