@@ -70,6 +70,12 @@ REDUCED = Settings(
 """A few tasks, a tiny model, a few steps: the same code in well under a minute."""
 
 
+def settings_as_json(settings: Settings) -> dict[str, Any]:
+    """The settings as they come back from the record."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return found
+
+
 def silent(what: str, step: int, total: int, loss: float) -> None:
     """Progress that nobody looks at."""
 
@@ -174,7 +180,7 @@ def _write_record(folder: Path, settings: Settings, names: Sequence[str], second
         "schema": 1,
         "architecture": settings.architecture(),
         "templates": list(TEMPLATES),
-        "settings": asdict(settings),
+        "settings": settings_as_json(settings),
         "pretraining_seconds": round(seconds, 1),
         "zero_shot_mean": round(sum(e["zero_shot"] for e in real) / len(real), 4),
         "expert_mean": round(sum(e["expert"] for e in real) / len(real), 4),
