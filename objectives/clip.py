@@ -26,6 +26,7 @@ from .statefile import StateFile
 from .task import ClassTexts, Task
 
 PREFIX = "visual."
+SCALARS = ("logit_scale", "logit_bias")
 PRECISIONS = ("fp32", "bf16")
 # OpenAI's statistics, which open_clip falls back on, too, where a configuration does not say how to normalize images.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,14 +36,14 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class CLIP:
     """A CLIP classifier as a function of its visual tower's weights.
 
-    architecture: a name that open_clip knows ('ViT-B-32'), the path of a JSON configuration or of a folder with an
-        `open_clip_config.json`, or the configuration as a mapping: embed_dim, vision_cfg, text_cfg, and whatever else
-        open_clip's constructor takes (init_logit_scale, quick_gelu, ...), on its own or under 'model_cfg' beside a
-        'preprocess_cfg' with mean, std, interpolation and resize_mode.
+    architecture: a name that open_clip knows ('ViT-B-32'; for OpenAI's checkpoints 'ViT-B-32-quickgelu'), the path of a
+        JSON configuration or of a folder with an `open_clip_config.json`, or the configuration as a mapping: embed_dim,
+        vision_cfg, text_cfg, and whatever else open_clip's constructor takes (init_logit_scale, quick_gelu, ...), on
+        its own or under 'model_cfg' beside a 'preprocess_cfg' with mean, std, interpolation and resize_mode.
     weights: a local file (.safetensors, or a torch file of tensors) or a mapping of tensors: the whole model, or only
         its visual tower, with or without the "visual." prefix. It gives the text tower and the logit scale, and the
-        tensors of the visual tower that merged weights leave out. Without it they are initialized as open_clip does,
-        from seed 0.
+        tensors of the visual tower that merged weights leave out. Without it the heads have to be given, the weights
+        have to be complete, and `base_weights` is open_clip's initialization from seed 0.
     heads: task name -> [C, d], for tasks whose head is known; the text tower is then never built for them.
     precision: 'fp32', or 'bf16' for autocast (weights, gradients and losses stay float32).
 
@@ -280,35 +281,37 @@ class CLIP:
         return self._text, self._tokenizer
 
     def _build_text_tower(self, task_name: str) -> nn.Module:
-        if self._source is not None and not self._text_names():
+        if self._source is None:
+            raise DataError(
+                f"CLIP: task {task_name!r} has no head, and without a weights file the text tower would be random; "
+                f"build "
+                f"the model with weights=FILE, or with heads={{{task_name!r}: tensor [C, {self._embedding_size}]}}."
+            )
+        if not self._text_names():
             raise DataError(
                 f"CLIP: task {task_name!r} has no head, and {self._source} has no text tower to compute it from; "
                 f"give the whole model's file, or the head: heads={{{task_name!r}: tensor [C, "
                 f"{self._embedding_size}]}}."
             )
+        from open_clip.model import convert_to_custom_text_state_dict
+
         model = build_model(self._config)
         model.visual = nn.Identity()
-        if self._source is not None:
-            from open_clip.model import convert_to_custom_text_state_dict
-
-            state = self._source.read(self._text_names())
-            if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-                state = convert_to_custom_text_state_dict(state)
-            for name in ("logit_scale", "logit_bias"):
-                state.pop(name, None)
-            wanted = {name for name in model.state_dict() if name not in ("logit_scale", "logit_bias")}
-            missing = sorted(name for name in wanted - set(state) if not name.startswith("text_decoder."))
-            if missing:
-                raise DataError(
-                    f"CLIP: {self._source} lacks {some(missing)} of the text tower of {self._label}, which the head of "
-                    f"task {task_name!r} needs; give the whole model's file, or the head."
-                )
-            try:
-                model.load_state_dict({n: t for n, t in state.items() if n in wanted}, strict=False)
-            except RuntimeError as error:
-                raise DataError(
-                    f"CLIP: {self._source} does not fit the text tower of {self._label}: {error}"
-                ) from error
+        state = self._source.read(self._text_names())
+        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)  # the text tower's names before it had a module of its own
+        # Captions are not written here, so CoCa's decoder is not needed.
+        wanted = {n for n in model.state_dict() if n not in SCALARS and not n.startswith("text_decoder.")}
+        missing = sorted(wanted - set(state))
+        if missing:
+            raise DataError(
+                f"CLIP: {self._source} lacks {some(missing)} of the text tower of {self._label}, which the head of "
+                f"task {task_name!r} needs; give the whole model's file, or the head."
+            )
+        try:
+            model.load_state_dict({name: tensor for name, tensor in state.items() if name in wanted}, strict=False)
+        except RuntimeError as error:
+            raise DataError(f"CLIP: {self._source} does not fit the text tower of {self._label}: {error}") from error
         text: nn.Module = model.to(self.device)
         return text
 
@@ -316,8 +319,7 @@ class CLIP:
         """Names in the weights file that belong to neither the visual tower nor the logit scale."""
         assert self._source is not None
         tower = set() if _prefixed(self._source.shapes) else set(self._shapes)
-        scalars = ("logit_scale", "logit_bias")
-        return [n for n in self._source.shapes if not n.startswith(PREFIX) and n not in tower and n not in scalars]
+        return [n for n in self._source.shapes if not n.startswith(PREFIX) and n not in tower and n not in SCALARS]
 
     def release_text_tower(self) -> None:
         """Free the text tower; heads that were computed stay, and it is built again when another one is asked for."""
@@ -327,7 +329,7 @@ class CLIP:
         """Logit scale (a logarithm) and bias: the file's, or what the configuration starts from."""
         found: Weights = {}
         if self._source is not None:
-            found = self._source.read(n for n in ("logit_scale", "logit_bias") if n in self._source.shapes)
+            found = self._source.read(n for n in SCALARS if n in self._source.shapes)
         start = self._config.get("init_logit_scale", math.log(1 / 0.07))
         scale = found.get("logit_scale", torch.tensor(float(start)))
         bias = self._config.get("init_logit_bias")
@@ -362,7 +364,7 @@ def read_config(architecture: str | Path | Mapping[str, Any]) -> tuple[dict[str,
             if name not in known:
                 raise DataError(
                     f"CLIP: unknown architecture {str(architecture)!r}.{nearest(name, known)} "
-                    f"Or give a configuration: a mapping, or the path of a JSON file."
+                    f"Or give a configuration: a mapping, a JSON file, or a folder with an open_clip_config.json."
                 )
             loaded = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": _usual_preprocessing(name)}
     config = loaded.get("model_cfg", loaded)

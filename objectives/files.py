@@ -61,6 +61,18 @@ def read_class_names(path: Path) -> dict[str, str] | list[str]:
     return lines
 
 
+def listed_names(classes: Sequence[str] | str | Path, where: str) -> tuple[str, ...]:
+    """Class names in the order of the labels: as given, or from a file that lists them."""
+    if not isinstance(classes, str | Path):
+        return tuple(classes)
+    names = read_class_names(Path(classes))
+    if isinstance(names, dict):
+        raise DataError(
+            f"{where}: {str(classes)!r} names folders; without folders a list in the order of the labels is needed."
+        )
+    return tuple(names)
+
+
 def class_order(
     subfolders: Sequence[str], names: Mapping[str, str] | Sequence[str] | None, where: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:

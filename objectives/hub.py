@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import DataError, nearest
-from .images import Size, resizer
+from .images import LazyImages, Size, resizer
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,11 @@ def hub_columns(data: Any, image: str | None, label: str | None, where: str) -> 
     return Columns(image, label, tuple(str(n).replace("_", " ") for n in names or ()))
 
 
-class HubImages:
-    """The image column of a dataset as uint8 [B, 3, H, W], decoded when rows are asked for."""
+class HubImages(LazyImages):
+    """The image column of a dataset, resized to `size`."""
 
     def __init__(self, data: Any, column: str, size: Size, interpolation: str, resize_mode: str) -> None:
+        super().__init__()
         self._data = data.select_columns([column])
         self._column = column
         self._resize = resizer(size, interpolation, resize_mode)
@@ -74,6 +72,6 @@ class HubImages:
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: NDArray[np.int64]) -> Tensor:
-        rows = self._data[np.atleast_1d(index).tolist()][self._column]
-        return torch.stack([self._resize(image) for image in rows])
+    def decode(self, i: int) -> Tensor:
+        """Image i as uint8 [3, H, W]."""
+        return self._resize(self._data[i][self._column])

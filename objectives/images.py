@@ -7,6 +7,7 @@ conversion to floats, which is the model's.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from .errors import DataError, nearest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+KEPT_BYTES = 256 * 2**20
 LAYOUTS = ("auto", "hwc", "chw")
 
 Size = int | tuple[int, int]
@@ -50,30 +52,62 @@ def resizer(size: Size, interpolation: str = "bicubic", resize_mode: str = "shor
     return resize
 
 
-class ImageFiles:
-    """Image files as uint8 [B, 3, H, W], read and decoded when rows are asked for.
+class LazyImages(ABC):
+    """Images as uint8 [B, 3, H, W] that are decoded when rows are asked for.
+
+    The first ones, up to `KEPT_BYTES` in all, are kept: the few images of a small task are decoded once, and not in
+    every evaluation of a line search.
+    """
+
+    threads = 1
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._kept_bytes = 0
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def decode(self, i: int) -> Tensor:
+        """Image i as uint8 [3, H, W]."""
+
+    def __getitem__(self, index: NDArray[np.int64]) -> Tensor:
+        rows = [int(i) for i in np.atleast_1d(index)]
+        missing = [i for i in dict.fromkeys(rows) if i not in self._kept]
+        with ThreadPoolExecutor(max_workers=self.threads) as pool:
+            decoded = dict(zip(missing, pool.map(self.decode, missing), strict=True))
+        images = torch.stack([decoded[i] if i in decoded else self._kept[i] for i in rows])
+        for i, image in decoded.items():
+            if self._kept_bytes + image.nbytes <= KEPT_BYTES:
+                self._kept[i] = image
+                self._kept_bytes += image.nbytes
+        return images
+
+
+class ImageFiles(LazyImages):
+    """Image files, in the order of `paths`, resized to `size`.
 
     Raises DataError, with the file's name, for one that is missing, truncated or no image.
     """
 
+    threads = min(8, os.cpu_count() or 1)  # decoding runs outside Python's lock
+
     def __init__(
         self, paths: Sequence[Path], size: Size, interpolation: str = "bicubic", resize_mode: str = "shortest"
     ) -> None:
+        super().__init__()
         self.paths = tuple(paths)
         self._resize = resizer(size, interpolation, resize_mode)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: NDArray[np.int64]) -> Tensor:
-        paths = [self.paths[i] for i in np.atleast_1d(index)]
-        # Decoding is outside Python's lock, so threads help.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            return torch.stack(list(pool.map(self._read, paths)))
-
-    def _read(self, path: Path) -> Tensor:
+    def decode(self, i: int) -> Tensor:
+        """Image i as uint8 [3, H, W]."""
         from PIL import Image
 
+        path = self.paths[i]
         try:
             with Image.open(path) as image:
                 return self._resize(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -83,13 +84,19 @@ class StateFile:
     def _load_torch(self) -> dict[str, Tensor]:
         assert self._path is not None
         try:
-            loaded = torch.load(self._path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # about TorchScript, refused below with a better message
+                loaded = torch.load(self._path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise DataError(
                 f"weights: {self._label!r} holds more than tensors, and unpickling it would run code. Where you trust "
                 f"it: torch.save(torch.load(file, weights_only=False).state_dict(), 'tensors.pt')."
             ) from error
         except (RuntimeError, EOFError, ValueError) as error:
+            if "TorchScript" in str(error):
+                raise DataError(
+                    f"weights: {self._label!r} is a TorchScript program, as OpenAI's checkpoints are. Where you trust "
+                    f"it: torch.save(torch.jit.load(file, map_location='cpu').state_dict(), 'tensors.pt')."
+                ) from error
             raise DataError(f"weights: {self._label!r} is not a readable torch file ({error}).") from error
         if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
             loaded = loaded["state_dict"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import DataError, some
-from .files import class_order, read_class_names, read_npz
+from .files import class_order, listed_names, read_class_names, read_npz
 from .images import SUFFIXES, ImageFiles, Size, image_paths, to_inputs
 
 SPLITS = ("train", "validation", "test")
@@ -189,11 +189,17 @@ class Task:
 
     @classmethod
     def from_npz(
-        cls, path: str | Path, *, name: str | None = None, classes: Sequence[str] | None = None, **options: Any
+        cls,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        classes: Sequence[str] | str | Path | None = None,
+        **options: Any,
     ) -> Task:
         """A task from an `.npz` file with 'images' (or 'inputs'), and, if it has them, 'labels' and 'classes'.
 
-        name: the file's name without its ending, if not given. The options are those of `from_arrays`.
+        name: the file's name without its ending, if not given. classes: names in the order of the labels, or a JSON or
+        text file that lists them. The options are those of `from_arrays`.
         """
         path = Path(path)
         name = path.stem if name is None else name
@@ -205,7 +211,8 @@ class Task:
             if "classes" not in arrays:
                 raise DataError(f"task {name!r}: {str(path)!r} has no array 'classes'; give classes=[...].")
             classes = [str(c) for c in np.atleast_1d(arrays["classes"])]
-        return cls.from_arrays(name, inputs, arrays.get("labels"), classes, **options)
+        names = listed_names(classes, f"task {name!r}")
+        return cls.from_arrays(name, inputs, arrays.get("labels"), names, **options)
 
     @classmethod
     def from_folder(
@@ -261,7 +268,7 @@ class Task:
         config: str | None = None,
         image: str | None = None,
         label: str | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | str | Path | None = None,
         templates: Sequence[str] = TEMPLATES,
         image_size: Size = 224,
         interpolation: str = "bicubic",
@@ -278,7 +285,7 @@ class Task:
         data, found = open_dataset(dataset, split, config)
         name = found if name is None else name
         columns = hub_columns(data, image, label, f"task {name!r}")
-        names = columns.classes if classes is None else tuple(classes)
+        names = columns.classes if classes is None else listed_names(classes, f"task {name!r}")
         labels = None if columns.label is None else torch.tensor(data[columns.label][:], dtype=torch.int64)
         inputs = HubImages(data, columns.image, image_size, interpolation, resize_mode)
         kind = next((k for k in ("train", "validation") if split.startswith(k[:5])), "test")

@@ -128,9 +128,15 @@ def test_head_is_the_normalized_mean_over_templates_of_normalized_text_embedding
 def test_heads_are_computed_once_for_each_set_of_class_texts(
     monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], task: Task
 ) -> None:
-    model, embedded = CLIP(config), []
+    model = CLIP(config, _reference(config).state_dict())
+    embedded: list[tuple[str, ...]] = []
     compute = model._embed
-    monkeypatch.setattr(model, "_embed", lambda texts: embedded.append(texts.classes) or compute(texts))
+
+    def recorded(texts: Any) -> Tensor:
+        embedded.append(texts.classes)
+        return compute(texts)
+
+    monkeypatch.setattr(model, "_embed", recorded)
     first = model.head(task)
     assert model.head(task) is first
     model.release_text_tower()
@@ -240,14 +246,13 @@ def test_torch_files_and_mappings_give_the_same_model_as_safetensors(
     assert torch.equal(logits[0], logits[2])
 
 
-def test_without_a_file_the_initialization_is_a_function_of_nothing(config: dict[str, Any], task: Task) -> None:
+def test_without_a_file_the_initialization_is_a_function_of_nothing(config: dict[str, Any]) -> None:
     torch.manual_seed(1)
     first = CLIP(config)
     before = torch.get_rng_state()
     second = CLIP(config)
     assert torch.equal(torch.get_rng_state(), before), "building a model used up the caller's random numbers"
     torch.manual_seed(2)
-    assert torch.equal(first.head(task), second.head(task))
     for name, tensor in first.base_weights().items():
         assert torch.equal(tensor, second.base_weights()[name])
 
@@ -337,6 +342,19 @@ def test_evaluation_before_training_leaves_heads_that_can_be_differentiated(
     assert CrossEntropy(model, task).value_and_grad(weights).gradient["proj"].any()
 
 
+def test_the_head_of_a_coca_model_needs_no_decoder(config: dict[str, Any], task: Task) -> None:
+    from mergesolve.objectives.clip import build_model
+
+    config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    config |= {"custom_text": True, "multimodal_cfg": {"context_length": 16, "width": 32, "heads": 2, "layers": 1}}
+    reference = build_model(config)
+    state = {n: t for n, t in reference.state_dict().items() if not n.startswith("text_decoder.")}
+    tokens = open_clip.SimpleTokenizer(context_length=16)([TEMPLATES[0].format(name) for name in CLASSES])
+    head = CLIP(config, state).head(Task("t", task.inputs, None, CLASSES, TEMPLATES[:1]))
+    torch.testing.assert_close(head, reference.encode_text(tokens, normalize=True))
+
+
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +396,13 @@ def test_heads_of_the_wrong_number_of_classes_are_refused(clip: CLIP, clip_tasks
     task = Task("shapes", clip_tasks[0].inputs, None, ("disc", "ring"))
     with pytest.raises(DataError, match="the head of task 'shapes' has 3 rows for 2 classes; give one row a class"):
         Entropy(clip, task)
+
+
+def test_without_a_file_and_a_head_nothing_is_classified_by_a_random_text_tower(
+    config: dict[str, Any], task: Task
+) -> None:
+    with pytest.raises(DataError, match=r"task 'animals' has no head, and without a weights file .* weights=FILE"):
+        Entropy(CLIP(config), task)
 
 
 def test_a_visual_file_without_heads_asks_for_one_of_both(

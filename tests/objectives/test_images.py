@@ -65,13 +65,25 @@ def test_a_folder_has_one_class_a_subfolder_in_the_order_of_their_names(folder: 
 
 
 def test_images_are_decoded_only_when_they_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    decode = ImageFiles._read
-    monkeypatch.setattr(ImageFiles, "_read", lambda self, path: read.append(path.name) or decode(self, path))
-    task = Task.from_folder(folder, image_size=16).subset(2)
+    read: list[int] = []
+    decode = ImageFiles.decode
+
+    def recorded(self: ImageFiles, i: int) -> torch.Tensor:
+        read.append(i)
+        return decode(self, i)
+
+    monkeypatch.setattr(ImageFiles, "decode", recorded)
+    task = Task.from_folder(folder, image_size=16)
     assert read == []
-    task.batch(np.array([0]))
-    assert read == ["x.bmp"]
+    first = task.subset(2).batch(np.array([0]))
+    assert read == [0]
+    # Decoded images are kept while there is room for them ...
+    assert torch.equal(task.batch(np.array([2, 0, 2]))[1], first[0])
+    assert read == [0, 2]
+    # ... and read again where there is none.
+    monkeypatch.setattr("mergesolve.objectives.images.KEPT_BYTES", 0)
+    assert torch.equal(task.batch(np.array([1])), task.batch(np.array([1])))
+    assert read == [0, 2, 1, 1]
 
 
 def test_the_preprocessing_of_a_model_builds_its_tasks(folder: Path, clip: CLIP, clip_weights: Any) -> None:

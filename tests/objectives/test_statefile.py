@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,10 @@ def test_files_that_are_no_weights_are_refused_by_name(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1000)}, tmp_path / "torch.pt")
     (tmp_path / "short.pt").write_bytes((tmp_path / "torch.pt").read_bytes()[:900])
     (tmp_path / "weights.h5").write_bytes(b"")
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, and OpenAI's files are made of it
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "openai.pt")
     cases = {
+        "openai.pt": r"'.*openai.pt' is a TorchScript program, .*torch.jit.load\(file",
         "missing.pt": "there is no file '.*missing.pt'; give a local .safetensors",
         "half.safetensors": "'.*half.safetensors' is not a complete safetensors file",
         "code.pt": r"'.*code.pt' holds more than tensors, .*weights_only=False",

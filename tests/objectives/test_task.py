@@ -227,6 +227,15 @@ def test_npz_files_without_labels_and_with_given_classes(tmp_path: Any) -> None:
     assert (task.name, task.labels, task.classes) == ("mine", None, ("a", "b"))
 
 
+def test_class_names_of_npz_files_may_be_listed_in_a_file(tmp_path: Any) -> None:
+    np.savez(tmp_path / "t.npz", inputs=np.zeros((2, 5)))
+    (tmp_path / "names.txt").write_text("an owl\na fox\n")
+    assert Task.from_npz(tmp_path / "t.npz", classes=tmp_path / "names.txt").classes == ("an owl", "a fox")
+    (tmp_path / "names.json").write_text('{"owl": "an owl"}')
+    with pytest.raises(DataError, match=r"task 't': .*names.json' names folders; .* a list in the order of the labels"):
+        Task.from_npz(tmp_path / "t.npz", classes=str(tmp_path / "names.json"))
+
+
 def test_npz_files_that_cannot_be_read_are_refused(tmp_path: Any) -> None:
     with pytest.raises(DataError, match=r"there is no file '.*missing.npz'"):
         Task.from_npz(tmp_path / "missing.npz")
