@@ -215,22 +215,20 @@ def _weighted_sum(
 def gram(source: TaskVectors, workers: Workers, blocks: Blocks) -> Matrix:
     """Return ⟨τ_{i,b}, τ_{j,b}⟩: [rows, n, n]."""
     n = source.n
-    # All experts of a piece are held at once: shorter pieces keep that within the memory of a few ordinary ones.
-    limit = max(1024, min(workers.limit, 4 * workers.limit // max(n, 1)))
-    work = pieces(source, blocks, list(source.shapes), limit)
+    work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, n))
     partial: dict[int, Matrix] = {}
 
     def do(index: int, scratch: Scratch) -> None:
         piece = work[index]
         stack = piece_stack(source, piece, scratch)
         if piece.width is None:
-            partial[index] = _segmented_gram(stack).unsqueeze(0).numpy()
+            partial[index] = segmented_gram(stack).unsqueeze(0).numpy()
         elif piece.width <= SEGMENT:
             by_row = stack.view(n, -1, piece.width).transpose(0, 1)
             partial[index] = torch.bmm(by_row, by_row.transpose(1, 2)).double().numpy()
         else:
             by_row = stack.view(n, -1, piece.width).transpose(0, 1)
-            partial[index] = torch.stack([_segmented_gram(row) for row in by_row]).numpy()
+            partial[index] = torch.stack([segmented_gram(row) for row in by_row]).numpy()
 
     workers.run(range(len(work)), do, serial=source.serial)
     result = np.zeros((blocks.count, n, n))
@@ -239,21 +237,26 @@ def gram(source: TaskVectors, workers: Workers, blocks: Blocks) -> Matrix:
     return 0.5 * (result + result.transpose(0, 2, 1))  # float32 products are symmetric only to rounding
 
 
-def _segmented_gram(stack: torch.Tensor) -> torch.Tensor:
+def gram_limit(limit: int, n: int) -> int:
+    """Return the length of pieces of which all n experts are held at once, in the memory of four ordinary pieces."""
+    return max(1024, min(limit, 4 * limit // n))
+
+
+def segmented_gram(stack: torch.Tensor) -> torch.Tensor:
     """Return the inner products of rows [n, elements], float64 [n, n].
 
     Sums of squares only grow, so float32 is left to short segments.
     """
     even = stack.shape[1] // SEGMENT * SEGMENT
-    segments = stack[:, :even].unflatten(1, (-1, SEGMENT)).transpose(0, 1)
+    segments = stack[:, :even].reshape(len(stack), -1, SEGMENT).transpose(0, 1)
     rest = stack[:, even:]
     return torch.bmm(segments, segments.transpose(1, 2)).sum(0, dtype=torch.float64) + torch.mm(rest, rest.t()).double()
 
 
-def piece_stack(source: TaskVectors, piece: Piece, scratch: Scratch) -> torch.Tensor:
-    """Return all experts' task vectors of a piece, [n, elements]."""
+def piece_stack(source: TaskVectors, piece: Piece, scratch: Scratch, base: torch.Tensor | None = None) -> torch.Tensor:
+    """Return all experts' task vectors of a piece, [n, elements]; `base` is the piece of the base, if it was read."""
     stack: torch.Tensor | None = None
-    for positions, delta in source.deltas(piece.name, range(source.n), piece.start, piece.stop, scratch):
+    for positions, delta in source.deltas(piece.name, range(source.n), piece.start, piece.stop, scratch, base):
         if len(delta) == source.n:
             return delta
         if stack is None:

@@ -207,6 +207,8 @@ class Pool:
         backend: Backend,
         device: str | torch.device,
     ) -> Pool:
+        if "base" in experts:
+            raise PoolError("pool: an expert cannot be called 'base', which means θ0; give it another name.")
         named_base = RenamedCheckpoint(base, spec.rename)
         named = {name: RenamedCheckpoint(expert, spec.rename) for name, expert in experts.items()}
         candidates = mergeable(named_base, named, spec.include, spec.exclude)
@@ -239,6 +241,20 @@ class Pool:
         """Bytes of the merged tensors as stored, base and experts together."""
         models = [self._models.base, *(self._models.experts[name] for name in self.names)]
         return sum(model.tensors[name].nbytes for model in models for name in self.tensors)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Memory that the resident backend needs for the merged tensors."""
+        return resident_nbytes(self.n, self.tensors)
+
+    @cached_property
+    def storage(self) -> dict[str, tuple[torch.dtype, ...]]:
+        """Element types in which the merged tensors are stored, for "base" and each expert."""
+        models = {"base": self._models.base, **{name: self._models.experts[name] for name in self.names}}
+        return {
+            name: tuple(dict.fromkeys(model.tensors[tensor].dtype for tensor in self.tensors))
+            for name, model in models.items()
+        }
 
     @property
     def bytes_read(self) -> int:
@@ -282,7 +298,8 @@ class Pool:
     def _resident(self) -> Resident:
         return Resident(self._source, self._workers)
 
-    def _engine(self) -> tuple[TaskVectors, Workers]:
+    def engine(self) -> tuple[TaskVectors, Workers]:
+        """Return where task vectors come from, and the threads that take them; loads the resident backend."""
         if self.backend == "resident":
             return self._resident, self._workers
         return self._source, self._workers
@@ -302,14 +319,14 @@ class Pool:
         old: tuple[Matrix, Weights] | None = None
         if since is not None:
             old = self._matrix(since[0], blocks, "coefficients of `since`"), self._check_weights(since[1])
-        source, workers = self._engine()
+        source, workers = self.engine()
         return operator.combine(source, workers, matrix, blocks, self.device, since=old)
 
     def displacement(self, coefficients: Matrix, blocks: Blocks) -> Weights:
         """Return Σ_i D[b,i] τ_{i,b} for D [rows, n]; experts whose coefficients are 0 are not read."""
         self._check_blocks(blocks)
         matrix = self._matrix(coefficients, blocks, "coefficients")
-        source, workers = self._engine()
+        source, workers = self.engine()
         return operator.combine(source, workers, matrix, blocks, self.device, with_base=False)
 
     def correlate(
@@ -329,7 +346,7 @@ class Pool:
         for gradient in stack:
             self._check_gradient(gradient)
         asked = range(self.n) if experts is None else [self._index(expert) for expert in experts]
-        source, workers = self._engine()
+        source, workers = self.engine()
         found = operator.correlate(source, workers, stack, blocks, asked)
         if experts is not None:
             scores = np.full((len(stack), blocks.count, self.n), np.nan)
@@ -340,7 +357,7 @@ class Pool:
     def gram(self, blocks: Blocks) -> Matrix:
         """Return the inner products ⟨τ_{i,b}, τ_{j,b}⟩ of the task vectors, [rows, n, n]."""
         self._check_blocks(blocks)
-        source, workers = self._engine()
+        source, workers = self.engine()
         return operator.gram(source, workers, blocks)
 
     # Other pools
@@ -427,7 +444,7 @@ class Pool:
             raise PoolError("pool: the coefficients are not all finite; a model with them could not be used.")
         chosen = parse_dtype(dtype, "pool: dtype") or self.dtype
         base = self._models.base
-        source, workers = self._engine()
+        source, workers = self.engine()
         stored = base.stored_names
         names = {stored[name]: name for name in base.tensors}
         infos = {
