@@ -1,8 +1,7 @@
 """Distillation from experts, for inputs without labels: ℓ(x) = T² Σ_c p_c (log p_c − log q_c), p = teacher, q = merged.
 
 p and q are softmaxes of logits divided by the temperature T; T² keeps the size of the gradient over T. A task's teacher
-is as a rule its own expert. Its logits on all inputs of the task are computed once, when first needed, and kept on the
-CPU.
+is as a rule its own expert; its logits on all inputs of the task are computed once, when first needed, and kept.
 
 With the base as the teacher on reference inputs this is retention: the price of forgetting what the base knew
 (`WeightedSum([(1.0, to_the_experts), (0.5, to_the_base)])`).

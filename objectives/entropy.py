@@ -1,9 +1,8 @@
-"""Shannon entropy of the predictions, for inputs without labels: ℓ(x) = −Σ_c p_c log p_c with p = softmax(z(x)), in
-nats.
+"""Shannon entropy of the predictions, in nats, for inputs without labels: ℓ(x) = −Σ_c p_c log p_c, p = softmax(z(x)).
 
 The objective of AdaMerging. On test inputs it is transductive, and `data_used` says so. A caution: logits scaled up
 never raise it, so coefficients without a bound can lower it with no gain in accuracy.
-Source: Yang et al. (2024), AdaMerging: Adaptive Model Merging for Multi-Task Learning, eq. 4.
+Source: Yang et al. (2024), AdaMerging: Adaptive Model Merging for Multi-Task Learning.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from .task import Indices, Task
 
 
 class Entropy(TaskObjective):
-    """Mean entropy of the predictions on the tasks' inputs; labels are not looked at. Parameters: see
-    `TaskObjective`."""
+    """Mean entropy of the predictions on the tasks' inputs; labels are not looked at.
+
+    Parameters: those of `TaskObjective`.
+    """
 
     def check_task(self, task: Task) -> None:
         """Refuse a task with one class, besides what the model refuses."""

@@ -61,8 +61,7 @@ def evaluate(
     *,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> Scores:
-    """Top-1 accuracy of these weights on each task. progress(task name, tasks done, tasks in all) is called after
-    each."""
+    """Top-1 accuracy of these weights on each task; progress(task name, tasks done, tasks in all) follows each."""
     checked = checked_tasks(tasks, "evaluate")
     scores = Scores()
     for done, task in enumerate(checked, start=1):

@@ -15,8 +15,7 @@ from .errors import DataError, some
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an `.npz` file; DataError where it is missing, truncated, no such file, or holds pickled
-    objects."""
+    """All arrays of an `.npz` file; DataError where it is missing, truncated, of another kind, or holds pickles."""
     if not path.is_file():
         raise DataError(f"data: there is no file {str(path)!r}.")
     try:

@@ -26,8 +26,10 @@ class Model(Protocol):
         ...
 
     def differentiable(self, name: str) -> bool:
-        """Whether a tensor of the weights is a parameter: others (running statistics of a batch norm) follow the merge
-        and are constants to the gradient."""
+        """Whether a tensor of the weights is a parameter.
+
+        Others (running statistics of a batch norm) follow the merge and are constants to the gradient.
+        """
         ...
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
@@ -96,7 +98,7 @@ class ModuleModel:
 
     def logits(self, weights: Mapping[str, Tensor], inputs: Tensor, task: Task) -> Tensor:
         """The module's output [B, C]; DataError unless it has a column a class of the task."""
-        outputs: Tensor = functional_call(self.module, dict(weights), (inputs,))
+        outputs: Tensor = functional_call(self.module, dict(weights), (inputs.to(self.device),))
         check_logits(outputs, len(inputs), task, type(self.module).__name__)
         return outputs
 

@@ -2,9 +2,8 @@
 
     loss(θ) = Σ_t w_t · mean_{x in batch of task t} ℓ_t(θ; x)
 
-No graph runs through the merge: weights come in as plain tensors, and the gradient of microbatch after microbatch and
-task after task is added up in one buffer, so that memory is one model, one gradient, and the activations of one
-microbatch.
+No graph runs through the merge: weights come in as plain tensors, and the gradients of all microbatches and tasks are
+added up in one buffer. Memory is one model, one gradient, and the activations of one microbatch.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Objective(Protocol):
         ...
 
     def draw(self, iteration: int | None) -> None:
-        """Fix the batch of all calls that follow: a pure function of the seed and the iteration; None is all the
-        data."""
+        """Fix the batch of all later calls, by a pure function of the seed and the iteration; None is all data."""
         ...
 
     def value_and_grad(self, weights: Weights, *, per_task: bool = False) -> Evaluation:
@@ -139,9 +137,9 @@ class SumObjective(ABC):
     def describe(self) -> dict[str, Any]:
         """Class, options and tasks, for the record of a run."""
 
+    @torch.enable_grad()
     def value_and_grad(self, weights: Weights, *, per_task: bool = False) -> Evaluation:
-        """Loss and gradient on the batch that is drawn; the gradient has the names, shapes and device of the
-        weights."""
+        """Loss and gradient on the batch drawn; the gradient has the names, shapes and device of the weights."""
         self.prepare(weights)
         leaves = self._leaves(weights)
         task_losses: dict[str, float] = {}
@@ -184,9 +182,11 @@ class SumObjective(ABC):
 
     @property
     def data_used(self) -> dict[str, Any]:
-        """labelled, unlabelled: distinct examples at the objective's disposal; test_inputs: whether some are from a
-        test split; samples_seen: forwarded so far, of which gradient_samples with a gradient and value_samples
-        without."""
+        """What was consumed.
+
+        labelled, unlabelled: distinct examples at the objective's disposal; test_inputs: whether some are from a test
+        split; samples_seen: forwarded so far, of which gradient_samples with a gradient, value_samples without.
+        """
         return {
             **examples(self.sources()),
             "samples_seen": self.gradient_samples + self.value_samples,
@@ -199,8 +199,7 @@ class TaskObjective(SumObjective):
     """The loop that cross-entropy, entropy and distillation share: a subclass says what the loss of a logit row is.
 
     model: logits as a function of weights. tasks: one or more, with distinct names.
-    batch_size: samples a task and iteration, drawn without replacement from one permutation an epoch; None: all of
-    them.
+    batch_size: samples a task and iteration, drawn without replacement from one permutation an epoch; None: all.
     microbatch: samples a forward pass; the result does not depend on it (to rounding), memory does.
     task_weights: w_t by task name; 1/T each without it.
     """
@@ -318,9 +317,11 @@ class TaskObjective(SumObjective):
 
 
 def epoch_batch(samples: int, size: int | None, iteration: int | None, seed: int, stream: str) -> Indices:
-    """The samples of one iteration's batch: positions t·b to (t+1)·b of one permutation after the other, each from the
-    seed, the stream's name and the epoch, so that every epoch meets every sample once. All of them, in order, where the
-    batch holds all."""
+    """The samples of the batch of iteration t: positions t·b to (t+1)·b of one permutation after the other.
+
+    Each permutation is from the seed, the stream's name and the epoch, and an epoch meets every sample once. Where the
+    batch holds all of them, they come in order.
+    """
     if iteration is None or size is None or size >= samples:
         return np.arange(samples)
     taken: list[Indices] = []
@@ -351,15 +352,15 @@ def _collect(leaves: Weights, weights: Weights) -> Weights:
 
 @contextmanager
 def frozen_randomness(seed: int, iteration: int | None, device: torch.device) -> Iterator[None]:
-    """The same random numbers and the same kernels in every evaluation of one iteration, so that a line search compares
-    like with like."""
+    """The same random numbers and kernels in every evaluation of one draw: line searches compare like with like."""
     cuda = device.type == "cuda"
+    state = (seed * 1_000_003 + (iteration or 0)) % 2**63
     with torch.random.fork_rng(devices=[device] if cuda else []):
         # For models that draw random numbers in spite of eval mode. Only the generators saved above are seeded.
-        torch.default_generator.manual_seed(seed * 1_000_003 + (iteration or 0))
+        torch.default_generator.manual_seed(state)
         if cuda:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed * 1_000_003 + (iteration or 0))
+                torch.cuda.manual_seed(state)
         # Without a gradient, attention would take a fused kernel that rounds differently from the one with a gradient.
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, Entry] = {
     "entropy": Entry(
         "entropy:Entropy",
         "Mean Shannon entropy of the predictions, without labels.",
-        "Yang et al. (2024), AdaMerging, eq. 4",
+        "Yang et al. (2024), AdaMerging: Adaptive Model Merging for Multi-Task Learning",
         "unlabelled",
     ),
     "distillation": Entry(

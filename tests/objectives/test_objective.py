@@ -222,6 +222,16 @@ def test_weights_and_gradients_carry_no_graph_and_are_not_touched(
         assert not gradient[name].requires_grad
 
 
+def test_a_caller_that_has_turned_gradients_off_gets_them_all_the_same(
+    clip: CLIP, clip_weights: Weights, clip_tasks: tuple[Task, Task]
+) -> None:
+    objective = CrossEntropy(clip, clip_tasks)
+    expected = objective.value_and_grad(clip_weights).gradient
+    with torch.no_grad():
+        found = objective.value_and_grad(clip_weights).gradient
+    assert all(torch.equal(found[name], gradient) and gradient.any() for name, gradient in expected.items())
+
+
 def test_a_second_evaluation_starts_from_a_gradient_of_zero(
     clip: CLIP, clip_weights: Weights, clip_tasks: tuple[Task, Task]
 ) -> None:
