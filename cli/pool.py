@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .flags import json_flag, pool_fields, pool_flags
-from .names import UsageProblem
+from .names import UsageProblem, choose
+
+if TYPE_CHECKING:
+    from ..pools import Pool, Report
+
+MATRIX_LIMIT = 40  # experts, beyond which the matrix of cosines is left to the figure
 
 
 @click.group()
@@ -62,10 +67,98 @@ def inspect(
     pool = setup.pool
     report = look(pool)
     if figure is not None:
-        _draw(report, Path(figure))
+        draw(report, Path(figure))
     if as_json:
-        print_json(_plain(report))
+        print_json(report.as_dict())
     else:
-        for part in _tables(pool, report):
+        for part in tables(pool, report):
             show(part)
             show("")
+
+
+def tables(pool: Pool, report: Report) -> list[Any]:
+    """The report as rich tables: overview, experts, cosines, flags."""
+    from ..reports.tables import listing, pairs, size
+
+    storage = sorted(set(report.storage.values()))
+    overview = pairs(
+        {
+            "experts": len(report.names),
+            "parameters": f"{report.parameters:,} merged in {report.tensors} tensors; {report.carried} tensors carried over",
+            "size": f"{size(report.nbytes)} on disk ({', '.join(storage)}), resident {size(report.resident_nbytes)}",
+            "backend": f"{pool.backend} on {pool.device}",
+            "blocks": ", ".join(f"{kind} {count}" for kind, count in report.blocks.items()),
+            "sign conflicts": f"{100 * report.conflicted:.1f}% of the parameters that experts move",
+            "fingerprint": report.fingerprint[:16],
+        }
+    )
+    flagged: dict[str, list[str]] = {}
+    for flag in report.flags:
+        flagged.setdefault(flag.model, []).append(flag.kind)
+    count = len(report.names)
+    rows = []
+    for i, name in enumerate(report.names):
+        others = [j for j in range(count) if j != i]
+        cosines = [float(report.cosines[i, j]) for j in others]
+        nearest = max(others, key=lambda j: report.cosines[i, j]) if others else i
+        conflict = sum(float(report.sign_conflicts[i, j]) for j in others) / max(1, len(others))
+        rows.append(
+            (
+                name,
+                f"{report.norms[i]:.4g}",
+                f"{100 * report.norms[i] / report.base_norm:.1f}%" if report.base_norm else "–",
+                f"{report.base_cosines[i]:.3f}",
+                f"{sum(cosines) / len(cosines):.3f}" if cosines else "–",
+                f"{report.cosines[i, nearest]:.3f} {report.names[nearest]}" if others else "–",
+                f"{100 * conflict:.0f}%" if others else "–",
+                ", ".join(flagged.get(name, [])),
+            )
+        )
+    header = ("expert", "‖τ‖", "‖τ‖/‖θ0‖", "cos(θ,θ0)", "mean cos(τ)", "largest cos(τ)", "conflicts", "flags")
+    parts = [overview, listing(header, rows, title="task vectors", numeric=(1, 2, 3, 4, 6))]
+    if count <= MATRIX_LIMIT:
+        parts.append(cosine_matrix(report))
+    parts += [f"flagged: {flag.message}".replace("[", r"\[") for flag in report.flags]
+    return parts
+
+
+def cosine_matrix(report: Report) -> Any:
+    """Cosines of the task vectors in hundredths, shaded by size."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="cosines of task vectors (× 100)", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for k in range(len(report.names)):
+        table.add_column(str(k + 1), justify="right")
+    for i, name in enumerate(report.names):
+        cells = [Text(f"{i + 1} {name}")]
+        for j in range(len(report.names)):
+            value = float(report.cosines[i, j])
+            style = (
+                "dim"
+                if i == j or abs(value) < 0.1
+                else "bold red"
+                if abs(value) > 0.9
+                else "bold"
+                if value > 0.3
+                else ""
+            )
+            cells.append(Text("·" if i == j else f"{100 * value:.0f}", style=style))
+        table.add_row(*cells)
+    return table
+
+
+def draw(report: Report, path: Path) -> None:
+    """The cosine matrix as a figure."""
+    from ..reports import cosines, save_figure
+
+    form = path.suffix.lstrip(".").lower()
+    if form:
+        choose("figure format", form, ("png", "svg", "pdf"))
+    flagged = {flag.model: flag.kind for flag in report.flags}
+    save_figure(
+        lambda: cosines(report.cosines, report.names, flagged=flagged),
+        path.with_suffix("") if form else path,
+        (form,) if form else ("png", "svg"),
+    )

@@ -208,11 +208,19 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assign(fields: dict[str, Any], path: str, value: Any) -> None:
-    """Set one field by its path: `solver.step_rule=open-loop`. A name on the way becomes a mapping with that name."""
+    """Set one field by its path: `solver.step_rule=open-loop`. A name on the way becomes a mapping with that name.
+
+    Where the recipe names no solver, objective or domain yet, options are those of the default.
+    """
     *parents, last = path.split(".")
     at: Any = fields
-    for part in parents:
+    for depth, part in enumerate(parents):
         step = at.get(part)
+        if isinstance(step, (list, tuple)):
+            raise UsageProblem(f"--set '{path}': '{part}' is a list here; change it in the recipe file.")
+        default = getattr(Recipe(), part, None)
+        if step is None and depth == 0 and isinstance(default, Choice):
+            step = default.name
         if isinstance(step, str):
             step = {"name": step}
         elif not isinstance(step, Mapping):
@@ -233,7 +241,7 @@ _Loader.add_implicit_resolver(
 
 def from_yaml(text: str) -> Any:
     """The value of a YAML text; raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    return yaml.load(text, _Loader)
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:

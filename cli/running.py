@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -76,6 +77,23 @@ def open_run(folder: Path) -> tuple[Recipe, str | None]:
     return recipe, None if status in ("running", "interrupted") else status
 
 
+def _forget_refused(folder: Path) -> None:
+    """Remove the recipe of a solve that was refused before it began, so that nothing is left half written."""
+    if not any((folder / name).exists() for name in LEFT_BY_A_RUN):
+        (folder / RECIPE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder was there before, with other files
+            folder.rmdir()
+
+
+def _blame_checkpoints(setup: Setup) -> None:
+    """Raise UsageProblem if a checkpoint itself holds NaN or infinity."""
+    from ..pools import inspect
+
+    flags = [flag.message for flag in inspect(setup.pool).flags if flag.kind == "nonfinite"]
+    if flags:
+        raise UsageProblem(f"{' '.join(flags)} Leave the expert or the tensors (--exclude) out of the pool.")
+
+
 def load_outcome(folder: Path) -> Outcome:
     """A finished run as `execute` would return it, its pool not yet opened."""
     from ..solvers import Result
@@ -111,21 +129,26 @@ def execute(
         complete = setup.resolved()
         _write(folder / RECIPE, COMMENT + to_yaml(complete))
         with follow(label, recipe.max_iter, quiet=quiet) as follower:
-            result = solve(
-                problem,
-                solver,
-                start=start,
-                max_iter=recipe.max_iter,
-                tol=recipe.tol,
-                rtol=recipe.rtol,
-                time_limit=math.inf if recipe.time_limit is None else recipe.time_limit,
-                callback=follower,
-                run=folder,
-                resume=resume,
-            )
+            try:
+                result = solve(
+                    problem,
+                    solver,
+                    start=start,
+                    max_iter=recipe.max_iter,
+                    tol=recipe.tol,
+                    rtol=recipe.rtol,
+                    time_limit=math.inf if recipe.time_limit is None else recipe.time_limit,
+                    callback=follower,
+                    run=folder,
+                    resume=resume,
+                )
+            except BaseException:
+                _forget_refused(folder)
+                raise
     if result.status == "interrupted":
         raise Interrupted(f"interrupted after {result.nit} iterations; go on with: mergesolve solve --resume {folder}")
     if result.status == "nonfinite":
+        _blame_checkpoints(setup)
         raise SolveFailed(
             f"the objective or its scores became NaN or infinite at iteration {result.nit} ({result.message}); "
             f"{folder} holds the trace. Look for a bad expert with `mergesolve pool inspect`, start from 'average', or "

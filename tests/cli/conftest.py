@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from mergesolve.cli import main
+from mergesolve.objectives import ModuleModel, Task
 from safetensors.torch import save_file
 
 NAMES = ("blue", "green", "red")
@@ -96,3 +97,40 @@ def solved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert result.exit_code == 0, result.output
     return folder
+
+
+class SmallZoo:
+    """What the commands use of the zoo, over the tiny pool: no pre-training, no images."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tasks = NAMES
+        self.base = folder / "base.safetensors"
+        self.experts = {name: folder / "experts" / f"{name}.safetensors" for name in NAMES}
+        self.task_experts = self.experts
+        entries = {name: {"classes": 3, "zero_shot": 33.0, "expert": 90.0} for name in NAMES}
+        self.record = {"experts": entries, "zero_shot_mean": 33.0, "expert_mean": 90.0}
+
+    def task(self, name: str, split: str = "train", limit: int | None = None) -> Task:
+        """The npz data of a task."""
+        task = Task.from_npz(self.folder / f"{name}_{split}.npz", name=name, split=split)
+        return task if limit is None else task.subset(limit)
+
+    def model(self, device: str = "cpu") -> ModuleModel:
+        """The classifier."""
+        torch.manual_seed(0)
+        return ModuleModel(torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)))
+
+
+@pytest.fixture
+def small_zoo(tiny: Path) -> SmallZoo:
+    return SmallZoo(tiny)
+
+
+@pytest.fixture
+def zoo(small_zoo: SmallZoo, monkeypatch: pytest.MonkeyPatch) -> SmallZoo:
+    """The commands find the small zoo instead of the embedded one."""
+    import mergesolve.zoo
+
+    monkeypatch.setattr(mergesolve.zoo, "load", lambda *_, **__: small_zoo, raising=False)
+    return small_zoo
