@@ -14,6 +14,7 @@ from .names import UsageProblem, choose
 if TYPE_CHECKING:
     from ..pools import Pool, Report
 
+SHADES = ((0.9, "bold red"), (0.3, "bold"), (0.1, ""))  # of cosines, from the strongest
 MATRIX_LIMIT = 40  # experts, beyond which the matrix of cosines is left to the figure
 
 
@@ -84,7 +85,7 @@ def tables(pool: Pool, report: Report) -> list[Any]:
     overview = pairs(
         {
             "experts": len(report.names),
-            "parameters": f"{report.parameters:,} merged in {report.tensors} tensors; {report.carried} tensors carried over",
+            "parameters": f"{report.parameters:,} merged in {report.tensors} tensors; {report.carried} carried over",
             "size": f"{size(report.nbytes)} on disk ({', '.join(storage)}), resident {size(report.resident_nbytes)}",
             "backend": f"{pool.backend} on {pool.device}",
             "blocks": ", ".join(f"{kind} {count}" for kind, count in report.blocks.items()),
@@ -135,16 +136,8 @@ def cosine_matrix(report: Report) -> Any:
         cells = [Text(f"{i + 1} {name}")]
         for j in range(len(report.names)):
             value = float(report.cosines[i, j])
-            style = (
-                "dim"
-                if i == j or abs(value) < 0.1
-                else "bold red"
-                if abs(value) > 0.9
-                else "bold"
-                if value > 0.3
-                else ""
-            )
-            cells.append(Text("·" if i == j else f"{100 * value:.0f}", style=style))
+            strength = next((style for limit, style in SHADES if abs(value) >= limit), "dim")
+            cells.append(Text("·", "dim") if i == j else Text(f"{100 * value:.0f}", strength))
         table.add_row(*cells)
     return table
 

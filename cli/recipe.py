@@ -116,9 +116,9 @@ class TaskPart:
 class Recipe:
     """A solve, completely.
 
-    zoo: pool, model and tasks come from the embedded benchmark, or from the folder that `zoo build` left. split, limit:
-    what tasks use that do not say it themselves. start: average, base, task-arithmetic:SCALE, expert:NAME, or run:FOLDER
-    (another run's result). preset: the named recipe whose fields stand under these.
+    zoo: pool, model and tasks come from the embedded benchmark, or from the folder that `zoo build` left. split,
+    limit: what tasks use that do not say it themselves. start: average, base, task-arithmetic:SCALE, expert:NAME, or
+    run:FOLDER (another run's result). preset: the named recipe whose fields stand under these.
     """
 
     zoo: bool | str = False

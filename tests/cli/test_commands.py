@@ -13,7 +13,6 @@ import yaml
 from mergesolve.cli.demo import LABELS, METHODS, spread
 from mergesolve.objectives.registry import OBJECTIVES
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .conftest import NAMES
@@ -66,6 +65,7 @@ def test_evaluate_takes_data_and_model_from_flags(tiny, run):
 
 def test_evaluate_without_test_data_says_what_to_give(tiny, run):
     text = (tiny / "recipe.yaml").read_text().replace(", test: red_test.npz", "").replace("npz: ", f"npz: {tiny}/")
+    text = text.replace("net.py", f"{tiny}/net.py")
     Path("r.yaml").write_text(text)
     result = run("evaluate", tiny / "base.safetensors", "--recipe", "r.yaml")
     assert result.exit_code == 2
@@ -173,7 +173,7 @@ def test_inspect_reports_norms_cosines_and_flags(tiny, run, tmp_path):
     np.testing.assert_allclose(report["norms"], [float(v.norm()) for v in vectors], rtol=1e-5)
     expected = torch.nn.functional.cosine_similarity(vectors[1], vectors[2], dim=0)
     assert report["cosines"][1][2] == pytest.approx(float(expected), abs=1e-5)
-    assert [(flag["kind"], flag["model"]) for flag in report["flags"]] == [("duplicate", "red")]
+    assert [flag["model"] for flag in report["flags"] if flag["kind"] == "duplicate"] == ["red"]
     assert Path("cosines.png").stat().st_size > 0
     printed = run("pool", "inspect", *arguments).stdout
     assert "flagged: expert 'red' is a duplicate of 'again'" in printed
@@ -304,9 +304,8 @@ def test_a_demo_run_is_a_solve_that_can_be_repeated(run, zoo, short_demo):
     assert run("demo", "--task", "blue", "--task", "red", "--method", "fw-soft", "--json").exit_code == 0
     again = run("solve", "runs/demo/fw-soft/recipe.yaml", "--run", "again", "--no-figures", "--quiet")
     assert again.exit_code == 0, again.stderr
-    with safe_open("again/coefficients.safetensors", "numpy") as one:
-        with safe_open("runs/demo/fw-soft/coefficients.safetensors", "numpy") as two:
-            np.testing.assert_array_equal(one.get_tensor("coefficients"), two.get_tensor("coefficients"))
+    one, two = (load_file(f"{folder}/coefficients.safetensors") for folder in ("again", "runs/demo/fw-soft"))
+    assert torch.equal(one["coefficients"], two["coefficients"])
 
 
 def test_every_labelled_method_of_the_demo_sees_the_same_labels():
