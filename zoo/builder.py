@@ -99,11 +99,9 @@ def build(
     chosen = settings or (REDUCED if reduced else SHIPPED)
     folder = Path(out)
     (folder / "work").mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     threads = torch.get_num_threads()
     try:
         _build_base(folder, chosen, progress or silent)
-        seconds = time.perf_counter() - began
         names = (*chosen.tasks, MISINITIALIZED)
         if workers > 1:
             context = multiprocessing.get_context("spawn")
@@ -116,17 +114,20 @@ def build(
                 build_expert(folder, chosen, name, progress or silent)
     finally:
         torch.set_num_threads(threads)
-    return _write_record(folder, chosen, names, seconds)
+    return _write_record(folder, chosen, names)
 
 
 def _build_base(folder: Path, settings: Settings, progress: Progress) -> None:
     base, heads = folder / "base.safetensors", folder / "heads.safetensors"
     if base.exists() and heads.exists():
         return
+    began = time.perf_counter()
     torch.set_num_threads(settings.pretraining_threads)
     model = small.create(settings.architecture(), settings.pretraining.seed)
     pretrain(model, settings.pretraining, progress, folder / "work" / "pretraining.pt")
     rows = small.heads(model)
+    note = {"seconds": round(time.perf_counter() - began, 1)}
+    (folder / "work" / "base.json").write_text(json.dumps(note))
     # Experts start from the rounded base, so that storing it in half precision loses nothing.
     write(half(model.visual.state_dict()), base)
     write({row.name: small.head_of(rows, row.name).contiguous() for row in ALL}, heads)
@@ -172,7 +173,7 @@ def build_expert(folder: Path, settings: Settings, name: str, progress: Progress
     return record
 
 
-def _write_record(folder: Path, settings: Settings, names: Sequence[str], seconds: float) -> dict[str, Any]:
+def _write_record(folder: Path, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     files = ["base.safetensors", "heads.safetensors", *(f"experts/{name}.safetensors" for name in names)]
     experts = {name: json.loads((folder / "work" / f"{name}.json").read_text()) for name in names}
     real = [experts[name] for name in settings.tasks]
@@ -181,7 +182,7 @@ def _write_record(folder: Path, settings: Settings, names: Sequence[str], second
         "architecture": settings.architecture(),
         "templates": list(TEMPLATES),
         "settings": settings_as_json(settings),
-        "pretraining_seconds": round(seconds, 1),
+        "pretraining_seconds": json.loads((folder / "work" / "base.json").read_text())["seconds"],
         "zero_shot_mean": round(sum(e["zero_shot"] for e in real) / len(real), 4),
         "expert_mean": round(sum(e["expert"] for e in real) / len(real), 4),
         "experts": experts,

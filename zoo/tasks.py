@@ -42,7 +42,6 @@ STILL = Nuisance(rotation=9, shift=0.12, shear=0.08)
 TURNED = Nuisance(rotation=8, shear=0.08)
 GLYPH = Nuisance(rotation=14, shift=0.18, zoom=0.22, clutter=0.4, noise=0.1, blur=0.7, dim=0.45)
 SEVERE = Nuisance(rotation=28, shift=0.28, zoom=0.35, shear=0.25, clutter=0.75, noise=0.17, dim=0.6)
-FLAT = Nuisance(rotation=8, shift=0.25, zoom=0.2, clutter=0.4, shade=0.3, noise=0.2, dim=0.65)
 
 TASKS: tuple[Concepts, ...] = (
     Concepts(

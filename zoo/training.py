@@ -41,9 +41,9 @@ class Pretraining:
 class Finetuning:
     """Settings of fine-tuning: the visual tower only, against the task's frozen head."""
 
-    epochs: int = 14
+    epochs: int = 16
     batch: int = 128
-    lr: float = 5e-4
+    lr: float = 8e-4
     weight_decay: float = 0.0
     warmup: int = 20
     seed: int = 0
