@@ -29,7 +29,7 @@ _RELATIVE_ROUNDING = {torch.bfloat16: 2.0**-7 * 0.2123, torch.float16: 2.0**-10 
 ROUNDING = 0.25  # of the task vector's norm: beyond that, rounding decides scores
 DUPLICATE = 1e-3  # distance of two task vectors relative to their norm
 STRANGER_COSINE = 0.8  # of an expert's weights with the base's; fine-tuned models stay above 0.98 or so
-STRANGER_NORM = 3.0  # times the median norm of the others
+STRANGER_NORM = 2.5  # times the median norm of the others
 ALIKE = 0.5  # mean cosine with the others above which a long task vector is a strong one, not a stranger
 WRONG_BASE_COSINE = 0.9  # mean cosine of task vectors that consist of one common displacement
 
@@ -269,8 +269,8 @@ def _rounding(pool: Pool, norms: Matrix, base_norm: float, expert_norms: Matrix)
                 Flag(
                     "rounding",
                     name,
-                    f"expert {name!r}: rounding of the stored values is about {error / norms[i]:.0%} of its task vector, "
-                    "so scores are unreliable. Use checkpoints stored in float32.",
+                    f"expert {name!r}: rounding of the stored values is about {error / norms[i]:.0%} of its task "
+                    "vector, so scores are unreliable. Use checkpoints stored in float32.",
                 )
             )
     return flags
