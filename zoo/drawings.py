@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -144,9 +145,9 @@ def shapes(pen: Pen, rng: Rng, k: int, level: float) -> None:
         pen.rectangle([m - r, m - t, m + r, m + t], fill=A)
         pen.rectangle([m - t, m - r, m + t, m + r], fill=A)
     elif k == 6:
-        t = np.linspace(0, 2 * np.pi, 40)
-        x = 16 * np.sin(t) ** 3
-        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+        turn = np.linspace(0, 2 * np.pi, 40)
+        x = 16 * np.sin(turn) ** 3
+        y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))
         _polygon(pen, [(m + float(a) * r / 16, m + float(b) * r / 16) for a, b in zip(x, y, strict=True)], hollow)
     elif k == 7:
         disc(pen, m, m, r)
@@ -377,11 +378,11 @@ def line_styles(pen: Pen, rng: Rng, k: int, level: float) -> None:
         for o in (-off, off) if k == 4 else (-off * 1.6, 0.0, off * 1.6):
             pen.line([at(-30, o), at(30, o)], fill=A, width=3)
     else:
-        t = np.linspace(-30, 30, 61)
-        phase = t / _between(rng, 14, 20) + _between(rng, 0, 1)
+        along = np.linspace(-30, 30, 61)
+        phase = along / _between(rng, 14, 20) + _between(rng, 0, 1)
         wave = np.sin(2 * np.pi * phase) if k == 5 else 4 * np.abs(phase % 1 - 0.5) - 1
         high = _between(rng, 6, 9)
-        pen.line([at(float(a), high * float(b)) for a, b in zip(t, wave, strict=True)], fill=A, width=width)
+        pen.line([at(float(a), high * float(b)) for a, b in zip(along, wave, strict=True)], fill=A, width=width)
 
 
 @sketch
@@ -563,7 +564,7 @@ def frequencies(rng: Rng, k: int, u: Floats, v: Floats) -> Floats:
     """Sinusoidal gratings of 1.5, 2.5, 4, 6, 9 periods across the image, in any direction."""
     angle, phase = _between(rng, 0, math.pi), _between(rng, 0, 2 * math.pi)
     f = (1.5, 2.5, 4.0, 6.0, 9.0)[k] * _between(rng, 0.92, 1.08)
-    wave: Floats = 0.5 + 0.5 * np.sin(math.pi * f * (u * math.cos(angle) + v * math.sin(angle)) + phase)
+    wave: Any = 0.5 + 0.5 * np.sin(math.pi * f * (u * math.cos(angle) + v * math.sin(angle)) + phase)
     return wave
 
 
@@ -573,7 +574,9 @@ def gradients(rng: Rng, k: int, u: Floats, v: Floats) -> Floats:
     gamma = _between(rng, 0.7, 1.4)
     if k < 8:
         angle = math.radians(k * 45)
-        ramp = 0.5 + 0.5 * (u * math.sin(angle) - v * math.cos(angle)) / (abs(math.sin(angle)) + abs(math.cos(angle)))
+        ramp: Any = 0.5 + 0.5 * (u * math.sin(angle) - v * math.cos(angle)) / (
+            abs(math.sin(angle)) + abs(math.cos(angle))
+        )
     else:
         ramp = np.clip(1 - np.hypot(u - _between(rng, -0.15, 0.15), v - _between(rng, -0.15, 0.15)), 0, 1)
         ramp = ramp if k == 8 else 1 - ramp

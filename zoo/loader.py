@@ -128,14 +128,14 @@ class Zoo:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
             try:
-                with os.fdopen(handle, "wb") as file:
-                    np.savez(file, images=images, labels=labels)
+                with os.fdopen(handle, "wb") as sink:
+                    np.savez(sink, images=images, labels=labels)
                 Path(partial).replace(path)
             except BaseException:
                 Path(partial).unlink(missing_ok=True)
                 raise
         try:
-            with path.open("rb") as file, np.load(file) as stored:  # a zip file, which checks its own sums
+            with path.open("rb") as source, np.load(source) as stored:  # a zip file, which checks its own sums
                 return stored["images"], stored["labels"]
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"zoo: the cached images {path} are damaged ({error}); delete the file to have them "

@@ -109,7 +109,7 @@ def pretrain(model: CLIP, options: Pretraining, progress: Progress, checkpoint: 
             image = F.normalize(model.encode_image(pixels(data[rows])), dim=-1)
             loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step % 50 == 0:
                 progress("pre-training", step, total, float(loss.detach()))
@@ -154,7 +154,7 @@ def finetune(
             output: Any = visual(pixels(data[rows]))
             loss = F.cross_entropy(scale * F.normalize(output, dim=-1) @ head.T, labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step % 20 == 0:
                 progress(what, step, total, float(loss.detach()))
