@@ -162,15 +162,19 @@ def build_expert(folder: Path, settings: Settings, name: str, progress: Progress
     record = {
         "task": row.name,
         "classes": len(row.classes),
-        "zero_shot": round(zero_shot, 4),
-        "expert": round(small.accuracy(visual, *test, head), 4),
-        "before_rounding": round(exact, 4),
+        "zero_shot": _percent(zero_shot),
+        "expert": _percent(small.accuracy(visual, *test, head)),
+        "before_rounding": _percent(exact),
         "relative_norm": round(norm({k: visual.state_dict()[k] - v for k, v in base.items()}) / norm(base), 4),
         "seconds": round(seconds, 1),
     }
     write(stored, path)
     note.write_text(json.dumps(record))
     return record
+
+
+def _percent(share: float) -> float:
+    return round(100.0 * share, 2)
 
 
 def _write_record(folder: Path, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
@@ -183,8 +187,8 @@ def _write_record(folder: Path, settings: Settings, names: Sequence[str]) -> dic
         "templates": list(TEMPLATES),
         "settings": settings_as_json(settings),
         "pretraining_seconds": json.loads((folder / "work" / "base.json").read_text())["seconds"],
-        "zero_shot_mean": round(sum(e["zero_shot"] for e in real) / len(real), 4),
-        "expert_mean": round(sum(e["expert"] for e in real) / len(real), 4),
+        "zero_shot_mean": round(sum(e["zero_shot"] for e in real) / len(real), 2),
+        "expert_mean": round(sum(e["expert"] for e in real) / len(real), 2),
         "experts": experts,
         "files": {name: {"sha256": checksum(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
     }

@@ -61,7 +61,7 @@ class Zoo:
         self.folder = folder
         """The cache folder of this zoo."""
         self.record = record
-        """What the builder recorded: settings, zero-shot and expert accuracies (test split), checksums."""
+        """What the builder recorded: settings, zero-shot and expert accuracies (percent, test split), checksums."""
         self.tasks: tuple[str, ...] = tuple(record["settings"]["tasks"])
         """Names of the tasks that have an expert."""
         self.base: Path = folder / "models" / "base.safetensors"

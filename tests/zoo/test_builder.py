@@ -31,8 +31,8 @@ def test_fine_tuning_helps_and_rounding_costs_nothing(reduced: Path) -> None:
     experts = json.loads((reduced / "zoo.json").read_text())["experts"]
     for name in REDUCED.tasks:
         entry = experts[name]
-        assert entry["expert"] > entry["zero_shot"] + 0.1
-        assert abs(entry["expert"] - entry["before_rounding"]) <= 0.02
+        assert entry["expert"] > entry["zero_shot"] + 10
+        assert abs(entry["expert"] - entry["before_rounding"]) <= 2
     assert experts["misinitialized"]["relative_norm"] > 3 * experts[REDUCED.tasks[0]]["relative_norm"]
 
 

@@ -42,8 +42,8 @@ def test_recorded_accuracies_come_back_through_the_public_model(zoo: Zoo) -> Non
     for name in REDUCED.tasks:
         test = zoo.task(name, "test")
         entry = zoo.record["experts"][name]
-        assert evaluate(model, read(zoo.experts[name]), [test])[name] == pytest.approx(entry["expert"], abs=0.01)
-        assert evaluate(model, read(zoo.base), [test])[name] == pytest.approx(entry["zero_shot"], abs=0.01)
+        assert evaluate(model, read(zoo.experts[name]), [test])[name] == pytest.approx(entry["expert"] / 100, abs=0.01)
+        assert evaluate(model, read(zoo.base), [test])[name] == pytest.approx(entry["zero_shot"] / 100, abs=0.01)
 
 
 def test_heads_are_unit_rows_one_a_class(zoo: Zoo) -> None:

@@ -43,12 +43,12 @@ def test_there_are_twenty_experts_and_three_bad_ones(zoo: Zoo) -> None:
 
 def test_experts_are_good_and_the_base_is_between_chance_and_experts(zoo: Zoo) -> None:
     entries = [zoo.record["experts"][name] for name in zoo.tasks]
-    chance = sum(1 / e["classes"] for e in entries) / len(entries)
-    assert zoo.record["expert_mean"] >= 0.85
-    assert zoo.record["zero_shot_mean"] >= chance + 0.2
-    assert zoo.record["zero_shot_mean"] <= zoo.record["expert_mean"] - 0.2
+    chance = sum(100 / e["classes"] for e in entries) / len(entries)
+    assert zoo.record["expert_mean"] >= 85
+    assert zoo.record["zero_shot_mean"] >= chance + 20
+    assert zoo.record["zero_shot_mean"] <= zoo.record["expert_mean"] - 20
     assert all(e["expert"] > e["zero_shot"] for e in entries)
-    assert all(abs(e["expert"] - e["before_rounding"]) <= 0.005 for e in entries)
+    assert all(abs(e["expert"] - e["before_rounding"]) <= 0.5 for e in entries)
 
 
 @pytest.mark.parametrize("name", ["digits", "arrows"])
@@ -56,8 +56,8 @@ def test_recorded_accuracies_come_back(zoo: Zoo, name: str) -> None:
     model, test, entry = zoo.model(), zoo.task(name, "test"), zoo.record["experts"][name]
     assert len(test) == 1000
     # Fonts and resampling may differ by a grey level between versions of the libraries: allow one image in a hundred.
-    assert evaluate(model, read(zoo.experts[name]), [test])[name] == pytest.approx(entry["expert"], abs=0.01)
-    assert evaluate(model, read(zoo.base), [test])[name] == pytest.approx(entry["zero_shot"], abs=0.01)
+    assert evaluate(model, read(zoo.experts[name]), [test])[name] == pytest.approx(entry["expert"] / 100, abs=0.01)
+    assert evaluate(model, read(zoo.base), [test])[name] == pytest.approx(entry["zero_shot"] / 100, abs=0.01)
 
 
 def test_the_bad_experts_are_bad_in_their_own_way(zoo: Zoo) -> None:
