@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .blocks import KINDS
 from .errors import listing
-from .operator import gram_limit, piece_stack, pieces, segmented_gram
+from .operator import Piece, gram_limit, piece_stack, pieces, segmented_gram
 from .pool import Pool
 from .sources import Scratch
 
@@ -169,19 +169,18 @@ def _measure(pool: Pool) -> _Measured:
     source, workers = pool.engine()
     blocks = pool.blocks("tensor")
     work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, 2 * pool.n))
-    partial: dict[int, _Measured] = {}
+    totals: dict[int, _Measured] = {}
 
-    def do(index: int, scratch: Scratch) -> None:
-        piece = work[index]
-        base = source.base(piece.name, piece.start, piece.stop, scratch).clone()
-        mine = partial[index] = _Measured(1, pool.n)
-        mine.add(0, base, piece_stack(source, piece, scratch, base))
+    def do(piece: Piece, scratch: Scratch) -> None:
+        base = source.base(piece.name, piece.start, piece.stop, scratch)
+        mine = totals.setdefault(id(scratch), _Measured(blocks.count, pool.n))
+        mine.add(piece.rows.start, base, piece_stack(source, piece, scratch, base))
 
-    workers.run(range(len(work)), do, serial=source.serial)
+    workers.run(work, do, serial=source.serial)
     total = _Measured(blocks.count, pool.n)
-    for index, piece in enumerate(work):
+    for part in totals.values():
         for key, value in vars(total).items():
-            value[piece.rows] += vars(partial[index])[key]
+            value += vars(part)[key]
     return total
 
 

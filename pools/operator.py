@@ -86,45 +86,68 @@ def correlate(
         for name in names
     }
     work = pieces(source, blocks, names, workers.limit)
-    partial: dict[int, Matrix] = {}
+    partial = Partial(work, (len(gradients), len(experts)))
 
     def do(index: int, scratch: Scratch) -> None:
-        piece = work[index]
-        stacked = _stack([g if g is None else g[piece.start : piece.stop] for g in flat[piece.name]])
-        stacked_t = stacked.t()
-        rows = 1 if piece.width is None else piece.rows.stop - piece.rows.start
-        out = np.empty((len(gradients), rows, len(experts)))
+        piece, out = work[index], partial[index]
+        stacked = _stack([g if g is None else g[piece.start : piece.stop] for g in flat[piece.name]], scratch)
+        transposed = stacked.t()
         for positions, delta in source.deltas(piece.name, experts, piece.start, piece.stop, scratch):
             if piece.width is None:
-                out[:, 0, positions] = torch.mm(delta, stacked_t).numpy().T
+                out[0, :, positions] = torch.mm(delta, transposed).numpy().T
             else:
-                out[:, :, positions] = _row_dots(stacked, delta, piece.width)
-        partial[index] = out
+                _row_dots(stacked, delta, piece.width, out[:, :, positions])
 
     workers.run(range(len(work)), do, serial=source.serial)
-    scores = np.zeros((len(gradients), blocks.count, len(experts)))
-    for index, piece in enumerate(work):
-        scores[:, piece.rows] += partial[index]
-    return scores
+    return np.ascontiguousarray(partial.sum(blocks.count).swapaxes(0, 1))
 
 
-def _stack(parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+class Partial:
+    """Sums over single pieces, float64, [rows of the piece, *shape], in one array.
+
+    One array, because small ones made between the large temporary ones of the pieces would pin the heap.
+    """
+
+    def __init__(self, work: Sequence[Piece], shape: tuple[int, ...]) -> None:
+        self._work = work
+        self._ends = np.cumsum(
+            [0] + [1 if piece.width is None else piece.rows.stop - piece.rows.start for piece in work]
+        )
+        self._values = np.empty((int(self._ends[-1]), *shape))
+
+    def __getitem__(self, index: int) -> Matrix:
+        """Return the part of one piece, to be filled."""
+        return self._values[self._ends[index] : self._ends[index + 1]]
+
+    def sum(self, count: int) -> Matrix:
+        """Add up the pieces, in order, by row: [count, *shape]."""
+        result = np.zeros((count, *self._values.shape[1:]))
+        for index, piece in enumerate(self._work):
+            result[piece.rows] += self[index]
+        return result
+
+
+def _stack(parts: Sequence[torch.Tensor | None], scratch: Scratch) -> torch.Tensor:
     """Stack pieces of gradients, zeros for those that lack the tensor: [k, elements]."""
     if len(parts) == 1 and parts[0] is not None:
         return parts[0].unsqueeze(0)
     size = next(len(part) for part in parts if part is not None)
-    return torch.stack([torch.zeros(size) if part is None else part for part in parts])
+    stacked = scratch.stack(len(parts), size)
+    for row, part in zip(stacked, parts, strict=True):
+        if part is None:
+            row.zero_()
+        else:
+            row.copy_(part)
+    return stacked
 
 
-def _row_dots(stacked: torch.Tensor, delta: torch.Tensor, width: int) -> NDArray[np.float32]:
-    """Return the inner products row by row of [k, r·w] and [m, r·w]: [k, r, m]."""
+def _row_dots(stacked: torch.Tensor, delta: torch.Tensor, width: int, out: Matrix) -> None:
+    """Write the inner products row by row of [k, r·w] and [m, r·w] to out [r, k, m]."""
     g = stacked.numpy().reshape(len(stacked), -1, width)
     d = delta.numpy().reshape(len(delta), -1, width)
-    out = np.empty((g.shape[0], g.shape[1], d.shape[0]), dtype=np.float32)
-    for i in range(g.shape[0]):
-        for j in range(d.shape[0]):
-            np.einsum("rw,rw->r", g[i], d[j], out=out[i, :, j])
-    return out
+    for i in range(len(g)):
+        for j in range(len(d)):
+            out[:, i, j] = np.einsum("rw,rw->r", g[i], d[j])
 
 
 def combine(
@@ -216,24 +239,23 @@ def gram(source: TaskVectors, workers: Workers, blocks: Blocks) -> Matrix:
     """Return ⟨τ_{i,b}, τ_{j,b}⟩: [rows, n, n]."""
     n = source.n
     work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, n))
-    partial: dict[int, Matrix] = {}
+    partial = Partial(work, (n, n))
 
     def do(index: int, scratch: Scratch) -> None:
-        piece = work[index]
+        piece, out = work[index], partial[index]
         stack = piece_stack(source, piece, scratch)
         if piece.width is None:
-            partial[index] = segmented_gram(stack).unsqueeze(0).numpy()
-        elif piece.width <= SEGMENT:
-            by_row = stack.view(n, -1, piece.width).transpose(0, 1)
-            partial[index] = torch.bmm(by_row, by_row.transpose(1, 2)).double().numpy()
+            out[0] = segmented_gram(stack).numpy()
+            return
+        by_row = stack.view(n, -1, piece.width).transpose(0, 1)
+        if piece.width <= SEGMENT:
+            out[:] = torch.bmm(by_row, by_row.transpose(1, 2)).numpy()
         else:
-            by_row = stack.view(n, -1, piece.width).transpose(0, 1)
-            partial[index] = torch.stack([segmented_gram(row) for row in by_row]).numpy()
+            for row, its_stack in zip(out, by_row, strict=True):
+                row[:] = segmented_gram(its_stack).numpy()
 
     workers.run(range(len(work)), do, serial=source.serial)
-    result = np.zeros((blocks.count, n, n))
-    for index, piece in enumerate(work):
-        result[piece.rows] += partial[index]
+    result = partial.sum(blocks.count)
     return 0.5 * (result + result.transpose(0, 2, 1))  # float32 products are symmetric only to rounding
 
 
@@ -254,13 +276,13 @@ def segmented_gram(stack: torch.Tensor) -> torch.Tensor:
 
 
 def piece_stack(source: TaskVectors, piece: Piece, scratch: Scratch, base: torch.Tensor | None = None) -> torch.Tensor:
-    """Return all experts' task vectors of a piece, [n, elements]; `base` is the piece of the base, if it was read."""
-    stack: torch.Tensor | None = None
+    """Return all experts' task vectors of a piece, [n, elements], valid until the next.
+
+    `base` is the piece of the base, if it was read.
+    """
+    stack = scratch.stack(source.n, piece.stop - piece.start)
     for positions, delta in source.deltas(piece.name, range(source.n), piece.start, piece.stop, scratch, base):
         if len(delta) == source.n:
             return delta
-        if stack is None:
-            stack = torch.empty(source.n, piece.stop - piece.start)
         stack[positions] = delta
-    assert stack is not None
     return stack

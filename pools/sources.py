@@ -30,7 +30,17 @@ class Scratch:
         self.base = Buffer(8 * limit)
         self.delta = Buffer(4 * limit)
         self.sum = Buffer(4 * limit)
+        self._stack = Buffer(0)
         self.bytes_read = 0
+
+    def stack(self, count: int, size: int) -> torch.Tensor:
+        """Return a reusable [count, size] float32 matrix.
+
+        Allocating one for each piece would leave holes in the heap between the small results that stay.
+        """
+        if 4 * count * size > len(self._stack.bytes):
+            self._stack = Buffer(4 * count * size)
+        return self._stack.floats(count * size).view(count, size)
 
 
 class TaskVectors(Protocol):
