@@ -76,10 +76,12 @@ def run(made: Towers, n: int = 8, repeats: int = 20, target: float = 0.7) -> lis
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--repeats", type=int, default=20, help="timings that a median is taken of")
+    options = parser.parse_args()
     reason = why_not()
     if reason:
         print(f"{TITLE}: skipped, {reason}")
     else:
         with towers(options.folder, options.architecture) as made:
-            print(show(TITLE, run(made, repeats=max(options.repeats, 10))))
+            print(show(TITLE, run(made, repeats=options.repeats)))

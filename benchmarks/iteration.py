@@ -121,6 +121,7 @@ def run(made: Towers, n: int = 20, batch: int = 32, repeats: int = 5) -> list[Ro
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="iterations that a median is taken of")
     parser.add_argument("--batch", type=int, default=32, help="images in the batch")
     options = parser.parse_args()
     with towers(options.folder, options.architecture) as made:

@@ -196,7 +196,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, help="where the synthetic checkpoints go; default: the system's temporary folder"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timings a median is taken of")
     parser.add_argument(
         "--small",
         dest="architecture",

@@ -68,6 +68,8 @@ def run_backend(made: Towers, backend: str, n: int, repeats: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="timings that a median is taken of")
+    options = parser.parse_args()
     with towers(options.folder, options.architecture) as made:
         print(show(TITLE, run(made, repeats=options.repeats)))
