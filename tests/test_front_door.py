@@ -48,7 +48,7 @@ def written(page: Path, program: str) -> list[str]:
     return [line for line in lines if line.startswith(f"{program} ")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_make_target_in_the_docs_exists(page):
     targets = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
     for line in written(page, "make"):
@@ -56,7 +56,7 @@ def test_every_make_target_in_the_docs_exists(page):
         assert set(words) <= targets, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_mergesolve_command_in_the_docs_has_these_options(page):
     for line in written(page, "mergesolve"):
         command: click.Command = application
@@ -74,7 +74,7 @@ def test_every_mergesolve_command_in_the_docs_has_these_options(page):
             assert all(name in table for name in named if name.islower()), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_in_the_docs_leads_to_a_file_and_a_heading(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if re.match(r"https?:|mailto:", target):
@@ -87,7 +87,7 @@ def test_every_link_in_the_docs_leads_to_a_file_and_a_heading(page):
             assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_recipe_in_the_docs_is_one(page):
     for block in blocks(page, "yaml"):
         fields = yaml.safe_load(block)
@@ -100,17 +100,18 @@ def test_every_recipe_in_the_docs_is_one(page):
             assert parse_spec(fields, {}).experts
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_in_the_docs_parses(page):
     for block in blocks(page, "python"):
         ast.parse(block)
 
 
-def test_readme_shows_the_examples_as_they_are():
+def test_the_docs_show_the_examples_as_they_are():
     shown = blocks(ROOT / "README.md", "python")
     assert shown[0] == text_of(ROOT / "docs/examples/zoo.py")
     lines = text_of(ROOT / "docs/examples/mlp.py").splitlines()
     assert all(line in lines for line in shown[1].splitlines())
+    assert blocks(ROOT / "CONTRIBUTING.md", "python")[0] in text_of(ROOT / "docs/examples/new_solver.py")
 
 
 def test_concepts_names_every_domain_and_every_status():
