@@ -167,6 +167,8 @@ def solve_one(setup: Setup, name: str, method: Method, folder: Path, tests: list
     seconds = time.monotonic() - began
     scores = accuracies(setup, merged_weights(setup, outcome.result), tests)
     data = method.data.format(labels=outcome.result.data.get("labelled", 0))
+    if outcome.result.nit > 0:
+        data += f"; {outcome.result.counts['gradients']} gradients"
     row = AccuracyRow(method.title, scores, seconds, outcome.result.peak_memory, data, "methods")
     certificate = outcome.result.gap if outcome.result.gap is not None else outcome.result.stationarity
     if not quiet:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from mergesolve.cli import main
 from mergesolve.objectives import ModuleModel, Task
@@ -24,15 +26,20 @@ def mlp():
 def nothing():
     return 3
 """
-RECIPE = """\
-pool: {base: base.safetensors, experts: ['experts/*.safetensors']}
-model: {module: 'net.py:mlp'}
-tasks:
-- {name: blue, npz: blue_train.npz, test: blue_test.npz}
-- {name: green, npz: green_train.npz, test: green_test.npz}
-- {name: red, npz: red_train.npz, test: red_test.npz}
-domain: capped
-"""
+
+
+def recipe_fields(folder: str | Path = "") -> dict[str, Any]:
+    """The recipe of the tiny pool, with paths in that folder."""
+    place = f"{folder}/" if folder else ""
+    return {
+        "pool": {"base": f"{place}base.safetensors", "experts": [f"{place}experts/*.safetensors"]},
+        "model": {"module": f"{place}net.py:mlp"},
+        "tasks": [
+            {"name": name, "npz": f"{place}{name}_train.npz", "test": f"{place}{name}_test.npz"} for name in NAMES
+        ],
+        "domain": "capped",
+    }
+
 
 Run = Callable[..., Result]
 
@@ -42,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base.safetensors, experts/NAME.safetensors, NAME_{train,test}.npz, net.py, recipe.yaml; not to be written to."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "net.py").write_text(NET)
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_fields()))
     (folder / "experts").mkdir()
     spec = importlib.util.spec_from_file_location("net", folder / "net.py")
     assert spec is not None

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+
+from .conftest import recipe_fields
 
 
 @pytest.fixture
@@ -83,7 +86,9 @@ SPOILED_POOLS = {
     "no recipe": (lambda f: (f / "recipe.yaml").unlink(), ["recipe.yaml", "no such file"]),
     "broken recipe": (lambda f: (f / "recipe.yaml").write_text("pool: {base"), ["recipe.yaml", "not YAML"]),
     "no model": (
-        lambda f: (f / "recipe.yaml").write_text((f / "recipe.yaml").read_text().replace("module: 'net.py:mlp'", "")),
+        lambda f: (f / "recipe.yaml").write_text(
+            (f / "recipe.yaml").read_text().replace("module: net.py:mlp", "precision: fp32")
+        ),
         ["what the checkpoints are weights of"],
     ),
     "unknown function": (
@@ -162,14 +167,10 @@ def test_no_pool_at_all_is_told_what_to_give(run):
 
 
 def test_a_teacher_that_is_no_expert_is_named(tiny, run):
-    recipe = (tiny / "recipe.yaml").read_text().replace("name: red,", "name: red, teacher: rde,")
-    (copy := Path("r.yaml")).write_text(
-        recipe.replace("base.safetensors", f"{tiny}/base.safetensors")
-        .replace("experts/", f"{tiny}/experts/")
-        .replace("net.py", f"{tiny}/net.py")
-        .replace("npz: ", f"npz: {tiny}/")
-    )
-    result = run("solve", copy, "--objective", "distillation", "--run", "r")
+    fields = recipe_fields(tiny)
+    fields["tasks"][2]["teacher"] = "rde"
+    Path("r.yaml").write_text(yaml.safe_dump(fields))
+    result = run("solve", "r.yaml", "--objective", "distillation", "--run", "r")
     refused(result, "task 'red': unknown teacher 'rde'. Did you mean 'red'?", "teacher:")
 
 

@@ -15,7 +15,7 @@ from mergesolve.objectives.registry import OBJECTIVES
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
 from safetensors.torch import load_file, save_file
 
-from .conftest import NAMES
+from .conftest import NAMES, recipe_fields
 
 
 def top1(folder, weights, name):
@@ -64,9 +64,9 @@ def test_evaluate_takes_data_and_model_from_flags(tiny, run):
 
 
 def test_evaluate_without_test_data_says_what_to_give(tiny, run):
-    text = (tiny / "recipe.yaml").read_text().replace(", test: red_test.npz", "").replace("npz: ", f"npz: {tiny}/")
-    text = text.replace("net.py", f"{tiny}/net.py")
-    Path("r.yaml").write_text(text)
+    fields = recipe_fields(tiny)
+    del fields["tasks"][2]["test"]
+    Path("r.yaml").write_text(yaml.safe_dump(fields))
     result = run("evaluate", tiny / "base.safetensors", "--recipe", "r.yaml")
     assert result.exit_code == 2
     assert "'test: PATH'" in result.stderr

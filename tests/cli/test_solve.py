@@ -17,6 +17,8 @@ from mergesolve.solvers import PRESETS
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from .conftest import recipe_fields
+
 
 def coefficients(folder):
     return load_file(Path(folder) / "coefficients.safetensors")["coefficients"]
@@ -123,13 +125,10 @@ def test_flags_alone_make_a_recipe(tiny, run):
 
 
 def test_weighted_objectives_and_task_weights_reach_the_solve(tiny, run):
-    recipe = yaml.safe_load((tiny / "recipe.yaml").read_text())
+    recipe = recipe_fields(tiny)
     recipe["objective"] = [{"name": "cross-entropy"}, {"name": "entropy", "weight": 0.5}]
     for task, weight in zip(recipe["tasks"], (1.0, 2.0, 1.0), strict=True):
         task["weight"] = weight
-        task["npz"] = str(tiny / task["npz"])
-    recipe["pool"] = {"base": str(tiny / "base.safetensors"), "experts": [str(tiny / "experts/*.safetensors")]}
-    recipe["model"] = {"module": f"{tiny}/net.py:mlp"}
     Path("r.yaml").write_text(yaml.safe_dump(recipe))
     result = run("solve", "r.yaml", "--max-iter", 0, "--run", "r", "--no-merge", "--no-figures", "--json")
     assert result.exit_code == 0, result.stderr
