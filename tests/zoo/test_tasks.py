@@ -43,7 +43,7 @@ def test_splits_share_no_image_and_are_balanced(name: str) -> None:
 def test_augmented_editions_share_no_image_with_the_split() -> None:
     row = BY_NAME["shapes"]
     train = {image.tobytes() for image in split_images(row, "train", 100)[0]}
-    again = {image.tobytes() for image in split_images(row, "train", 100, 1)[0]}
+    again = {image.tobytes() for image in split_images(row, "train", 100, edition=1)[0]}
     assert not train & again
 
 
