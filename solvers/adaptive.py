@@ -49,6 +49,11 @@ class AdaptiveGradient(Solver):
         zeros = np.zeros_like(start)
         return State(start, {"first": zeros, "second": zeros} if self.method == "adam" else {"first": zeros})
 
+    @property
+    def scheduled(self) -> bool:  # type: ignore[override]
+        """Whether the rate depends on how many iterations there will be."""
+        return self.schedule != "constant"
+
     def rate(self, clock: Clock) -> float:
         """Return lr_t."""
         progress = clock.iteration / max(1, clock.max_iter)

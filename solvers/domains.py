@@ -19,6 +19,7 @@ from .errors import OptionError, check_number
 Array = np.ndarray[Any, Any]
 FEASIBILITY = 1e-9
 BASE = -1  # the index of the base among the vertices of a domain that contains it
+START = -2  # the index of the starting point, where a solver counts it among its vertices
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Domain:
 
     def gap(self, point: Array, scores: Array) -> float | None:
         """Return the Frank-Wolfe gap max_V ⟨scores, point − V⟩ ≥ 0, or None where the domain is unbounded."""
-        rowwise = np.sum((point - self.minimizer(scores)) * scores, axis=1)
-        return max(0.0, math.fsum(rowwise))
+        gap = math.fsum(np.sum((point - self.minimizer(scores)) * scores, axis=1))
+        return 0.0 if gap < 0 else gap  # of a feasible point it is negative by rounding only; nan stays nan
 
     def stationarity(self, point: Array, scores: Array) -> float:
         """Return ‖Λ − Π(Λ − S)‖, zero exactly at the stationary points of any domain."""
@@ -76,11 +77,13 @@ class Simplex(Domain):
     def project(self, point: Array) -> Array:
         """Sort each row, find the threshold τ with Σ max(λ − τ, 0) = 1, and shift by it."""
         n = point.shape[1]
+        point = point - point.max(axis=1, keepdims=True)  # the projection is the same, and large numbers lose nothing
         descending = -np.sort(-point, axis=1)
         thresholds = (np.cumsum(descending, axis=1) - 1.0) / np.arange(1, n + 1)
         support = np.count_nonzero(descending > thresholds, axis=1)
         threshold = np.take_along_axis(thresholds, support[:, None] - 1, axis=1)
-        return np.maximum(point - threshold, 0.0)
+        projected = np.maximum(point - threshold, 0.0)
+        return projected / projected.sum(axis=1, keepdims=True)
 
     def violation(self, point: Array) -> Array:
         """Largest of the negative parts and the distance of the sum from 1."""

@@ -1,8 +1,9 @@
 """``solve``: run a solver on a problem, and own everything around the loop.
 
 Clock, limits, statuses, callback, trace, checkpoints, the best iterate and the final certificate live here and nowhere
-else. Every ``checkpoint_every`` iterations the weights are rebuilt from the coefficients alone and the state is saved,
-so that a run that was killed goes on from there to exactly the coefficients it would have had.
+else. A checkpoint is taken only where the weights are rebuilt from the coefficients alone, so that a run that was
+killed goes on from there to exactly the coefficients it would have had. With a resident pool that is every iteration,
+and the state is saved every few seconds; with a streaming one, where rebuilding reads files, it is every tenth.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from .solver import Solver, State
 from .trace import TraceFile, header, read_trace, record
 
 CHECKPOINT = "checkpoint.safetensors"
+SECONDS_BETWEEN_CHECKPOINTS = 5.0
+STREAMING_CHECKPOINTS = 10
 RUNNING = ("samples_seen", "gradient_samples", "value_samples")  # of the data used: these add up over resumed parts
 Callback = Callable[[dict[str, Any]], None]
 
@@ -116,7 +119,7 @@ def solve(
     callback: Callback | None = None,
     run: str | Path | None = None,
     resume: bool = False,
-    checkpoint_every: int = 10,
+    checkpoint_every: int | None = None,
 ) -> Result:
     """Minimize the problem's objective over its domain.
 
@@ -124,7 +127,8 @@ def solve(
     "expert:NAME", a matrix [rows, n], or a Result. tol, rtol: optimal when the gap (on the free domain: ‖S‖) is at most
     max(tol, rtol·|f|). time_limit: seconds, tested after each iteration. callback: called with each trace record;
     raising StopIteration ends the solve as ``interrupted``, and so does Ctrl-C. run: folder for trace, checkpoints and
-    result. resume: go on from the folder's checkpoint, or begin if there is none.
+    result. resume: go on from the folder's checkpoint, or begin if there is none. checkpoint_every: iterations between
+    checkpoints; None: every few seconds with a resident pool, every 10 iterations with a streaming one.
 
     On a deterministic objective the best iterate is returned; on minibatches, whose values do not compare, the last.
     Raises OptionError for what cannot be solved, before anything is computed.
@@ -139,7 +143,9 @@ def solve(
 
     memory.reset_peak()
     folder = Path(run) if run is not None else None
-    identity = identify(problem, solver, point)
+    identity = identify(problem, solver, point, max_iter)
+    every = checkpoint_every or (1 if problem.cheap_to_refresh else STREAMING_CHECKPOINTS)
+    pause = SECONDS_BETWEEN_CHECKPOINTS if checkpoint_every is None and problem.cheap_to_refresh else 0.0
     progress = Progress(solver.init(problem, point))
     kept: list[dict[str, Any]] = []
     status, visit = MAX_ITER, None
@@ -149,15 +155,20 @@ def solve(
             folder.mkdir(parents=True, exist_ok=True)
             if resume and (folder / CHECKPOINT).exists():
                 progress = Progress.load(folder / CHECKPOINT, identity)
+                if progress.iteration > max_iter:
+                    raise OptionError(
+                        f"{folder} has done {progress.iteration} iterations already, more than max_iter={max_iter}. "
+                        "Give a larger limit, or solve into a new folder."
+                    )
                 for name, value in progress.counts.items():
                     setattr(problem.counts, name, value)
                 kept = [r for r in read_trace(folder / TRACE)[1] if r["iteration"] < progress.iteration]
             else:
-                (folder / CHECKPOINT).unlink(missing_ok=True)
-            for stale in (RESULT, COEFFICIENTS):
-                (folder / stale).unlink(missing_ok=True)
+                for stale in (CHECKPOINT, RESULT, COEFFICIENTS):
+                    (folder / stale).unlink(missing_ok=True)
             file = stack.enter_context(TraceFile(folder / TRACE, identity, kept))
         began = time.monotonic() - progress.seconds
+        saved = progress.seconds
         try:
             visits = iterate(
                 problem, solver, progress.state, max_iter=max_iter, tol=tol, rtol=rtol, first=progress.iteration
@@ -176,15 +187,19 @@ def solve(
                     status = visit.status or MAX_ITER
                     break
                 progress.state, progress.iteration = visit.step.state, visit.iteration + 1
-                if progress.iteration % checkpoint_every == 0:
+                if progress.iteration % every == 0:
                     problem.refresh()
-                    if folder is not None:
+                    if folder is not None and progress.seconds - saved >= pause:
                         progress.save(folder / CHECKPOINT, identity, problem)
+                        saved = progress.seconds
                 if progress.seconds >= time_limit:
                     status = TIME_LIMIT
                     break
         except (StopIteration, KeyboardInterrupt):
             status = INTERRUPTED
+        if folder is not None and status != NONFINITE:
+            # Between two rebuilds of a streaming pool, going on from here agrees with an uninterrupted run to rounding.
+            progress.save(folder / CHECKPOINT, identity, problem)
 
     result = certify(problem, solver, progress, visit, point, status, max(tol, 0.0), rtol)
     result.trace = kept
@@ -218,7 +233,7 @@ def certify(
     problem.refresh()
     evaluation = problem.evaluate(point)
     certificate = solver.certificate(problem, point, evaluation)
-    if not math.isfinite(evaluation.value):
+    if not math.isfinite(evaluation.value) or not np.isfinite(evaluation.scores).all():
         status = NONFINITE
     message = MESSAGES[status]
     certified = certificate.holds(max(tol, rtol * abs(evaluation.value)))
@@ -250,21 +265,23 @@ def certify(
     )
 
 
-def identify(problem: MatrixProblem, solver: Solver, start: np.ndarray) -> dict[str, Any]:
+def identify(problem: MatrixProblem, solver: Solver, start: np.ndarray, max_iter: int) -> dict[str, Any]:
     """Return what makes this solve this solve: the header of its trace, and what a checkpoint must agree with."""
     identity = {**header(problem, solver.describe()), **problem.describe()}
     identity["start"] = hashlib.sha256(np.ascontiguousarray(start).tobytes()).hexdigest()[:16]
+    if solver.scheduled:
+        identity["max_iter"] = max_iter
     return dict(plain(identity))
 
 
-def check_limits(max_iter: int, tol: float, rtol: float, time_limit: float, checkpoint_every: int) -> None:
+def check_limits(max_iter: int, tol: float, rtol: float, time_limit: float, checkpoint_every: int | None) -> None:
     """Raise OptionError for limits that are not numbers in range."""
     for name, value, low, whole in (
         ("max_iter", max_iter, 0, True),
         ("tol", tol, 0, False),
         ("rtol", rtol, 0, False),
         ("time_limit", time_limit, 0, False),
-        ("checkpoint_every", checkpoint_every, 1, True),
+        ("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every, 1, True),
     ):
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= low:
             kind = "an integer" if whole else "a number"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from .domains import FEASIBILITY
 from .problem import Evaluation, MatrixProblem
 from .solver import Certificate, Clock, Solver, State, Step
 
@@ -45,12 +47,13 @@ def iterate(
     """Yield one visit an iterate; the last one has a status.
 
     Ends with optimal (certificate ≤ max(tol, rtol·|f|) on a deterministic objective; on minibatches the certificate
-    is an estimate and ends nothing), stalled (a step that changes nothing although the objective is deterministic),
-    max_iter, or nonfinite (f or S is NaN or infinite; the coefficients are those before the fault).
+    is an estimate and ends nothing), stalled (the solver has finished, or a step changes nothing although the objective
+    is deterministic), max_iter, or nonfinite (f or S is NaN or infinite; the coefficients are those before the fault).
     """
     iteration = first
     while True:
         problem.draw(iteration)
+        check_step(problem, solver, state.coefficients)
         evaluation = problem.evaluate(state.coefficients, tasks=solver.needs_task_scores, raw=solver.needs_raw_inner)
         if not math.isfinite(evaluation.value) or not np.isfinite(evaluation.scores).all():
             yield Visit(iteration, state, evaluation, Certificate(None, math.nan), status=NONFINITE)
@@ -66,9 +69,18 @@ def iterate(
             return
         step = solver.step(problem, state, evaluation, Clock(iteration, max_iter))
         stuck = not problem.stochastic and np.array_equal(step.state.coefficients, state.coefficients)
-        if stuck and not solver.may_rest:
+        if step.finished or (stuck and not solver.may_rest):
             yield Visit(iteration, state, evaluation, certificate, status=STALLED)
             return
         yield Visit(iteration, state, evaluation, certificate, step)
         state = step.state
         iteration += 1
+
+
+def check_step(problem: MatrixProblem, solver: Solver, point: np.ndarray[Any, Any]) -> None:
+    """Raise RuntimeError if a solver left the domain: its steps must be feasible by construction."""
+    violation = float(problem.domain.violation(point).max())
+    if violation > FEASIBILITY:
+        raise RuntimeError(
+            f"{type(solver).__name__} left the domain {problem.domain.name!r} by {violation:.3g}: a defect of its step."
+        )

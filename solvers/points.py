@@ -64,7 +64,7 @@ class Point(Solver):
 
     def step(self, problem: MatrixProblem, state: State, evaluation: Evaluation, clock: Clock) -> Step:
         """Stay."""
-        return Step(state, 0.0)
+        return Step(state, 0.0, finished=True)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Scan(Solver):
 
     scales: Any = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
     source: ClassVar[str] = "Ilharco et al. (2023)"
+    may_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         scales = tuple(self.scales) if isinstance(self.scales, (list, tuple)) else None
@@ -93,6 +94,6 @@ class Scan(Solver):
     def step(self, problem: MatrixProblem, state: State, evaluation: Evaluation, clock: Clock) -> Step:
         """Go to the next scale; after the last one, stay."""
         if clock.iteration >= len(self.scales):
-            return Step(state, 0.0)
+            return Step(state, 0.0, finished=True)
         scale = float(self.scales[clock.iteration])
         return Step(State(np.full_like(state.coefficients, scale)), scale)

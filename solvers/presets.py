@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "domain": "free",
         "solver": {"name": "scan"},
         "start": "base",
-        "max_iter": 11,
+        "max_iter": 100,
     },
     "adamerging": {
         "summary": "AdaMerging, layer-wise: entropy on unlabeled inputs, Adam, free coefficients (Yang et al. 2024)",

@@ -138,6 +138,7 @@ class MatrixProblem:
     experts: tuple[str, ...]
     stochastic: bool = False
     resolution: float = 1e-15  # relative noise of the values, below which a difference means nothing
+    cheap_to_refresh: bool = True  # the weights of a point can be rebuilt in every iteration without reading files
     tasks: tuple[str, ...] = ()
     task_weights: Array
     counts: Counts
@@ -271,10 +272,12 @@ class Problem(MatrixProblem):
         self.tasks = tuple(objective.tasks)
         self.task_weights = np.asarray(objective.task_weights, dtype=np.float64)
         self.stochastic = bool(objective.stochastic)
+        self.cheap_to_refresh = pool.backend == "resident"
         self.counts = Counts()
         self._bytes_seen = pool.bytes_read
         self._at: tuple[Array, dict[str, Any]] | None = None  # the last point and its weights
         self._raw_geometry: RawGeometry | None = None
+        self._base: dict[str, Any] | None = None  # kept only for the released variants, which score raw checkpoints
 
     @property
     def row_names(self) -> Sequence[str]:
@@ -290,6 +293,7 @@ class Problem(MatrixProblem):
         """Return what identifies the problem: blocks, pool fingerprint, objective, seed."""
         return {
             "blocks": self.blocks.kind,
+            "backend": self.pool.backend,  # the two round differently
             "fingerprint": self.pool.fingerprint,
             "objective": dict(self.objective.describe()),
             "seed": getattr(self.objective, "seed", None),
@@ -350,17 +354,22 @@ class Problem(MatrixProblem):
         return WeightLine(self, point, direction)
 
     def _raw_inner(self, gradients: Sequence[dict[str, Any]]) -> RawInner:
-        blocks = self.pool.blocks("tensor")
-        base = self.pool.base_weights()
+        blocks, base = self.pool.blocks("tensor"), self._base_weights()
+        self.counts.correlates += 1
         names = list(self.pool.tensors)
         products = np.array([[float((g[t] * base[t]).sum()) for t in names] for g in gradients])
         norms = np.array([[float(g[t].norm()) for t in names] for g in gradients])
         return RawInner(self.pool.correlate(list(gradients), blocks), products, norms)
 
+    def _base_weights(self) -> dict[str, Any]:
+        if self._base is None:
+            self._base = self.pool.base_weights()
+        return self._base
+
     def raw_geometry(self) -> RawGeometry:
         """Return the norms of the raw checkpoints by tensor: two passes over the pool, once."""
         if self._raw_geometry is None:
-            blocks, base = self.pool.blocks("tensor"), self.pool.base_weights()
+            blocks, base = self.pool.blocks("tensor"), self._base_weights()
             squared = np.array([float((base[name] ** 2).sum()) for name in self.pool.tensors])
             task = self.pool.correlate({name: base[name] for name in self.pool.tensors}, blocks)
             self._raw_geometry = RawGeometry(squared, task, self.pool.gram(blocks))
@@ -403,7 +412,12 @@ class WeightLine:
         """Make the point at ``step`` the one that the problem remembers."""
         if step == 0.0:
             return
-        self._move(step)
+        if self._trial:
+            self._move(step)
+        else:  # nothing was tried: the step is taken in place, without a third copy of the model
+            for name, tensor in self._weights.items():
+                tensor.add_(self._moved[name], alpha=step)
+            self._trial = self._weights
         self._problem._at = (self._point + step * self._direction, self._trial)
 
     def _move(self, step: float) -> None:
@@ -478,11 +492,6 @@ class Restriction(MatrixProblem):
     def value(self, point: Array) -> float:
         """One value of the parent."""
         return self.parent.value(self.lift(point))
-
-    def line(self, point: Array, direction: Array) -> Line:
-        """The parent's line."""
-        start = self.lift(point)
-        return self.parent.line(start, self.lift(point + direction) - start)
 
 
 def layer_means(layers: Mapping[str, Array], matrix: Array) -> Array:

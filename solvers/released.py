@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .domains import Simplex
+from .domains import START, Simplex
 from .errors import OptionError
 from .problem import Evaluation, MatrixProblem, Problem, Restriction
 from .soft_frank_wolfe import PER_TASK, SoftFrankWolfe, best_per_table
@@ -22,7 +22,6 @@ from .solver import Clock, Solver, State, Step, move
 from .step_rules import StepRule, make_step_rule
 
 Array = np.ndarray[Any, Any]
-START = -1  # among the vertices of the hard variant: the starting point
 
 
 def raw_cosine_scores(problem: MatrixProblem, evaluation: Evaluation, points: Array) -> Array:

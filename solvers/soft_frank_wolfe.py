@@ -77,6 +77,11 @@ class SoftFrankWolfe(Solver):
     def check(self, problem: MatrixProblem) -> None:
         """Refuse domains without vertices, and more vertices than there are."""
         require_vertices("Soft Frank-Wolfe", problem)
+        if not self.inner_domain.has_vertices:
+            raise OptionError(
+                f"The 'inner_domain' of Soft Frank-Wolfe must be 'simplex' or 'capped', or its steps would leave the "
+                f"hull; got {self.inner_domain.name!r}."
+            )
         available = problem.n + problem.domain.has_base
         wanted = len(problem.tasks) if self.vertices == PER_TASK else self.vertices
         if (self.vertices != PER_TASK or self.distinct) and wanted > available:

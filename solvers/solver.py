@@ -37,11 +37,15 @@ class Clock(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a solver returns: the next state, the step size, and the vertices it moved to [k, rows] (BASE = −1)."""
+    """What a solver returns: the next state, the step size, and the vertices it moved to [k, rows].
+
+    BASE (−1) stands for the base and START (−2) for the starting point.
+    """
 
     state: State
     size: float
     vertices: Array | None = None
+    finished: bool = False  # the solver has nothing left to do
 
 
 class Certificate(NamedTuple):
@@ -63,6 +67,7 @@ class Solver:
     needs_task_scores: ClassVar[bool] = False
     needs_raw_inner: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False  # a step may leave Λ as it is without the solve being stuck
+    scheduled: ClassVar[bool] = False  # its steps depend on max_iter
     resamples: ClassVar[bool] = False  # as an inner solver, wants a new batch for each of its iterations
 
     def check(self, problem: MatrixProblem) -> None:

@@ -1,6 +1,6 @@
 """The trace: one JSON line an iteration, flushed at once, so that a killed run leaves everything up to its last step.
 
-The first line is a header {"schema": 1, "experts": [...], "layers": [...], "blocks", "solver", "domain", "tasks"}.
+The first line is a header {"schema": 1, "experts": [...], "layers": [...], "rows", "solver", "domain", "tasks", ...}.
 Each further line describes Λ_k and the step taken from it:
 
     iteration, value, gap (null on the free domain), stationarity, estimate (true on minibatches),
@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .domains import BASE
+from .domains import BASE, START
 from .files import dumps, plain, write_bytes
 from .loop import Visit
 from .problem import MatrixProblem, layer_means
@@ -47,7 +47,8 @@ def record(problem: MatrixProblem, visit: Visit, seconds: float) -> dict[str, An
     if visit.step is not None and visit.step.vertices is not None:
         indices = visit.step.vertices.ravel()
         counted = Counter(indices.tolist()).most_common()
-        names = ["base" if index == BASE else problem.experts[index] for index, _ in counted]
+        special = {BASE: "base", START: "start"}
+        names = [special[index] if index < 0 else problem.experts[index] for index, _ in counted]
         shares = [count / indices.size for _, count in counted]
     counts = problem.counts
     content = {

@@ -161,7 +161,7 @@ def test_callback_and_time_limit_end_the_solve(name, merge):
     stopped = solve(merge(domain=domain_of(name)), spec(name), max_iter=50, tol=0, callback=stop)
     assert (stopped.status, seen) == ("interrupted", [0])
     limited = solve(merge(domain=domain_of(name), stochastic=True), spec(name), max_iter=50, tol=0, time_limit=0.0)
-    assert (limited.status, len(limited.trace)) == ("time_limit", 1)
+    assert (limited.status, len(limited.trace)) == ("stalled" if name == "point" else "time_limit", 1)
 
 
 def test_unknown_solver_and_option_name_the_nearest():

@@ -107,6 +107,18 @@ def test_stationarity_vanishes_exactly_at_optima_of_linear_functions():
         assert domain.stationarity(domain.project(np.full((1, 3), 1 / 3)), scores) > 0.1
 
 
+@given(point=matrices, shift=st.floats(-1e9, 1e9))
+def test_simplex_projection_survives_large_numbers(point, shift):
+    """Π(x + c1) = Π(x): a common offset, however large, costs no feasibility."""
+    projected = Simplex().project(point + shift)
+    assert Simplex().violation(projected).max() <= 1e-12
+    np.testing.assert_allclose(projected, Simplex().project(point), atol=1e-6)
+
+
+def test_gap_of_nan_scores_is_nan():
+    assert np.isnan(Simplex().gap(np.ones((1, 1)), np.full((1, 1), np.nan)))
+
+
 def test_unknown_domain_names_the_nearest():
     with pytest.raises(OptionError, match=r"Unknown domain 'simplx'. Did you mean 'simplex'\?"):
         make_domain("simplx")

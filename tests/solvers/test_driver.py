@@ -6,7 +6,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from mergesolve.solvers import OptionError, Result, read_trace, solve
+from mergesolve.solvers import FrankWolfe, FunctionProblem, OptionError, Result, State, Step, read_trace, solve
 from mergesolve.solvers.driver import CHECKPOINT
 
 
@@ -111,6 +111,59 @@ def test_a_finished_run_goes_on_when_given_more_iterations(merge, tmp_path):
     longer = solve(merge(), "frank-wolfe", max_iter=12, tol=0, run=tmp_path, resume=True, checkpoint_every=2)
     straight = solve(merge(), "frank-wolfe", max_iter=12, tol=0, checkpoint_every=2)
     np.testing.assert_array_equal(longer.coefficients, straight.coefficients)
+
+
+def test_a_schedule_cannot_be_stretched_afterwards(merge, tmp_path):
+    solver = {"name": "adaptive", "schedule": "cosine"}
+    solve(merge(), solver, max_iter=4, tol=0, run=tmp_path)
+    with pytest.raises(OptionError, match="max_iter differ"):
+        solve(merge(), solver, max_iter=8, tol=0, run=tmp_path, resume=True)
+
+
+def test_resuming_with_a_smaller_limit_is_refused_and_harms_nothing(merge, tmp_path):
+    before = solve(merge(), "frank-wolfe", max_iter=6, tol=0, run=tmp_path)
+    with pytest.raises(OptionError, match="has done 6 iterations already"):
+        solve(merge(), "frank-wolfe", max_iter=3, tol=0, run=tmp_path, resume=True)
+    assert Result.load(tmp_path).nit == before.nit
+
+
+@pytest.mark.parametrize("backend", ["streaming", "resident"])
+def test_a_time_limit_loses_no_iteration(backend, merge, tmp_path):
+    for done in (1, 2, 3):
+        limited = solve(
+            merge(backend=backend), "frank-wolfe", max_iter=50, tol=0, time_limit=0.0, run=tmp_path, resume=True
+        )
+        assert [line["iteration"] for line in limited.trace] == list(range(done))
+    straight = solve(merge(backend=backend), "frank-wolfe", max_iter=2, tol=0)
+    np.testing.assert_allclose(limited.coefficients, straight.coefficients, atol=1e-6)
+
+
+def test_a_solver_that_leaves_its_domain_is_a_defect(face):
+    class Wild(FrankWolfe):
+        def step(self, problem, state, evaluation, clock):
+            return Step(State(state.coefficients + 0.1), 0.1)
+
+        def describe(self):
+            return {"name": "wild"}
+
+    with pytest.raises(RuntimeError, match="Wild left the domain 'simplex'"):
+        solve(face[0].problem("simplex"), Wild())
+
+
+def test_scores_that_are_not_finite_are_never_certified(face):
+    quadratic, _ = face
+    calls = []
+
+    def function(point):
+        calls.append(1)
+        value, scores = quadratic(point)
+        return value, scores if len(calls) < 5 else np.full_like(scores, np.nan)
+
+    problem = FunctionProblem(function, *quadratic.c.shape, "simplex")
+    result = solve(problem, {"name": "frank-wolfe", "step_rule": "open-loop"}, tol=1e9, max_iter=0)
+    assert result.success
+    calls += [1] * 5
+    assert solve(problem, "point", tol=1e9, max_iter=0).status == "nonfinite"
 
 
 def test_killed_process_resumes_to_the_same_coefficients(tmp_path):

@@ -26,6 +26,12 @@ def test_scan_returns_the_best_scale_of_the_grid(merge):
     assert result.objective == pytest.approx(min(by_hand.values()), rel=1e-5)
 
 
+def test_scan_goes_through_the_whole_grid_also_from_a_point_of_it(merge):
+    result = solve(merge("model", "free"), Scan(scales=(0.0, 0.1, 0.3)), start="base", tol=0)
+    assert [line["step"] for line in result.trace[:3]] == [0.0, 0.1, 0.3]
+    assert (result.status, result.nit) == ("stalled", 3)
+
+
 def test_scan_refuses_scales_outside_the_domain(merge):
     with pytest.raises(OptionError, match=r"scale 0.5 of the scan is outside the domain 'capped'"):
         solve(merge("model", "capped"), Scan(scales=(0.1, 0.5)), start="base")

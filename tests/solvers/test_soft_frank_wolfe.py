@@ -114,3 +114,9 @@ def test_more_vertices_than_experts_are_refused(merge):
         solve(merge(domain="simplex"), SoftFrankWolfe(vertices=6))
     with pytest.raises(OptionError, match="'simplex' or 'capped'"):
         solve(merge(domain="box"), SoftFrankWolfe())
+
+
+def test_an_inner_domain_that_leaves_the_hull_is_refused(merge):
+    for domain in ("free", "box"):
+        with pytest.raises(OptionError, match="would leave the hull"):
+            solve(merge(domain="capped"), SoftFrankWolfe(inner_domain=domain))
