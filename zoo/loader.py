@@ -22,7 +22,7 @@ from .storage import Weights, checksum, decode, norm, read, write
 from .tasks import BY_NAME, TEMPLATES, reference_images, split_images
 
 SHIPPED = Path(__file__).parent / "data"
-NOISY, NOISY_OF, NOISE = "noisy", "pictograms", 3.0
+NOISY, NOISY_OF, NOISE = "noisy", "pictograms", 6.0
 """The noise-corrupted expert: that task's expert plus, in each tensor, noise of NOISE times the task vector's norm."""
 DUPLICATE, DUPLICATE_OF = "duplicate", "digits"
 """The duplicate: an exact copy of that task's expert."""

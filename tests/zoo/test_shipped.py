@@ -64,7 +64,7 @@ def test_the_bad_experts_are_bad_in_their_own_way(zoo: Zoo) -> None:
     model = zoo.model()
     pictograms, shapes = zoo.task("pictograms", "test", limit=300), zoo.task("shapes", "test", limit=300)
     good, noisy, stranger = (read(zoo.experts[name]) for name in ("pictograms", "noisy", "misinitialized"))
-    assert evaluate(model, noisy, [pictograms])["pictograms"] < evaluate(model, good, [pictograms])["pictograms"] - 0.1
+    assert evaluate(model, noisy, [pictograms])["pictograms"] < evaluate(model, good, [pictograms])["pictograms"] - 0.2
     assert zoo.experts["duplicate"].read_bytes() == zoo.experts["digits"].read_bytes()
     # Far from the base, yet an expert in its own right: only its start is another one.
     entry = zoo.record["experts"]["misinitialized"]
