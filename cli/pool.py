@@ -116,7 +116,7 @@ def tables(pool: Pool, report: Report) -> list[Any]:
             )
         )
     header = ("expert", "‖τ‖", "‖τ‖/‖θ0‖", "cos(θ,θ0)", "mean cos(τ)", "largest cos(τ)", "conflicts", "flags")
-    parts = [overview, listing(header, rows, title="task vectors", numeric=(1, 2, 3, 4, 6))]
+    parts: list[Any] = [overview, listing(header, rows, title="task vectors", numeric=(1, 2, 3, 4, 6))]
     if count <= MATRIX_LIMIT:
         parts.append(cosine_matrix(report))
     parts += [f"flagged: {flag.message}".replace("[", r"\[") for flag in report.flags]

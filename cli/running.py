@@ -198,7 +198,7 @@ def report(outcome: Outcome, *, as_json: bool, quiet: bool) -> int:
         "time_limit": "more time: --resume {folder} --time-limit SECONDS",
         "stalled": "another start, step rule or solver",
     }.get(result.status)
-    if remedy is not None and outcome.recipe.max_iter > 0:
+    if remedy is not None and outcome.recipe.solver.name not in ("point", "scan"):  # these do not converge, they try
         reached = (
             f"gap {number(result.gap)}" if result.gap is not None else f"stationarity {number(result.stationarity)}"
         )

@@ -7,6 +7,7 @@ Experts keep their colour from figure to figure (`Palette`); names stand beside 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,7 @@ STYLE: Any = {
 }
 COLUMNS = 4
 LABELS = 6
+BANDS = 3  # spreads over the layers that are shown: more would hide one another
 PANEL_HEIGHT = 3.4  # inches, of the figures with direct labels
 NAME_LENGTH = 24
 EXPERT_LIMIT = 60
@@ -65,10 +67,15 @@ def shorten(name: str, length: int = NAME_LENGTH) -> str:
     return f"{name[:head]}…{name[-(length - 1 - head) :]}"
 
 
+def columns_of(count: int) -> int:
+    """Columns of a grid of panels: at most COLUMNS, and rows of about equal length (five panels are 3 + 2)."""
+    return -(-count // -(-count // COLUMNS))
+
+
 def _panels(
     count: int, *, width: float, height: float, sharex: bool = False, sharey: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    columns = min(count, COLUMNS)
+    columns = columns_of(count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -234,7 +241,7 @@ def _finish_labels(axes: Sequence[Axes], named: Sequence[list[Label]]) -> None:
 
 def _left(axes: Sequence[Axes], label: str) -> None:
     for k, ax in enumerate(axes):
-        if k % COLUMNS == 0:
+        if k % columns_of(len(axes)) == 0:
             ax.set_ylabel(label)
 
 
@@ -271,7 +278,7 @@ def lines(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
                 markersize=4,
                 zorder=3 if bright else 2,
             )
-            if i in named and path.shape[1] > 1:
+            if i in named[:BANDS] and path.shape[1] > 1:
                 ax.fill_between(iterations, low[:, i], high[:, i], color=palette[expert], alpha=0.12, linewidth=0)
         ax.axhline(0, color="#888888", linewidth=0.6, zorder=1)
         ax.grid(axis="y")
@@ -302,7 +309,7 @@ def heatmap(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
     layers = max(len(run.layers) for run in runs)
     width = min(16.0, 2.7 + 0.24 * min(experts, EXPERT_LIMIT))
     height = min(13.0, 2.2 + 0.2 * min(layers, LAYER_LIMIT))
-    columns = min(len(runs), COLUMNS)
+    columns = columns_of(len(runs))
     figure, axes = _panels(
         len(runs), width=min(width, 22.0 / columns) if columns > 1 else width, height=height, sharey=False
     )
@@ -337,6 +344,12 @@ def heatmap(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
     return figure
 
 
+def _objective(run: Run) -> str:
+    """Name of the objective's class in words: "cross entropy"."""
+    name = str((run.header.get("objective") or {}).get("objective", ""))
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
 def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
     """Objective (above, with its tasks in grey) and gap on a log axis (below), one column a run.
 
@@ -344,7 +357,7 @@ def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
     minibatches is labelled as the estimate that it is.
     """
     del palette
-    count = min(len(runs), COLUMNS)
+    count = columns_of(len(runs))
     blocks = -(-len(runs) // count)
     figure = Figure(
         figsize=((3.6 if count > 1 else 6.4) * count, 5.0 * blocks), layout="constrained", facecolor="white"
@@ -352,7 +365,7 @@ def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
     FigureCanvasAgg(figure)
     sharex: Literal["all", "col", "none"] = "all" if _comparable(runs) else "col" if blocks == 1 else "none"
     grid = figure.subplots(2 * blocks, count, squeeze=False, sharex=sharex)
-    objectives = {str((run.header.get("objective") or {}).get("objective", "")) for run in runs}
+    objectives = {_objective(run) for run in runs}
     positive: list[float] = []
     lower: list[Axes] = []
     for k in range(blocks * count):
@@ -380,6 +393,8 @@ def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
         if noisy:
             top.plot(run.iterations, _smooth(value), color=COLOUR_VALUE, linewidth=2.0, zorder=4)
         top.grid(axis="y")
+        if len(objectives) > 1:
+            top.set_title(_objective(run), loc="right", fontsize=8, color="#777777")
         if k % count == 0:
             top.set_ylabel("objective" + (" (tasks in grey)" if len(losses) > 1 else ""))
         gap = run.series("gap")
@@ -387,7 +402,7 @@ def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
         shown = gap if has_gap else run.series("stationarity")
         label = "gap" if has_gap else "stationarity (the free domain has no gap)"
         if run.gap_is_estimate:
-            label += ", estimated on minibatches"
+            label += "\nestimated on minibatches"
         bottom.set_title(label, fontsize=8, color="#555555")
         seen = np.where(shown > 0, shown, np.nan)
         if np.isfinite(seen).any():
@@ -432,37 +447,48 @@ def _smooth(values: Array) -> Array:
 
 
 def steps(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
-    """Step size of each iteration; log axis if the steps span more than two decades; zero steps are crosses below."""
+    """Step size of each iteration, one scale for runs of one solver (steps of different solvers do not compare).
+
+    The axis is logarithmic if the steps span more than two decades; steps of 0 are then crosses below.
+    """
     del palette
     runs = [run for run in runs if np.isfinite(run.series("step")).any()] or runs
-    figure, axes = _panels(len(runs), width=3.6 if len(runs) > 1 else 6.4, height=2.8, sharex=_comparable(runs))
-    everything = np.concatenate([run.series("step") for run in runs] or [np.zeros(0)])
-    positive = everything[np.isfinite(everything) & (everything > 0)]
-    log = len(positive) > 0 and float(positive.max()) > 100 * float(positive.min())
-    for ax, run in zip(axes, runs, strict=True):
+    alike = len({str((run.header.get("solver") or {}).get("name")) for run in runs}) == 1
+    figure, axes = _panels(
+        len(runs), width=3.6 if len(runs) > 1 else 6.4, height=2.8, sharex=_comparable(runs), sharey=alike
+    )
+    spans = [_positive(run.series("step")) for run in runs]
+    if alike:
+        spans = [np.concatenate(spans)] * len(runs)
+    for ax, run, positive in zip(axes, runs, spans, strict=True):
         _title(ax, run)
         step = run.series("step")
         taken = np.isfinite(step)
         if not taken.any():
             _nothing(ax, "no step was taken")
             continue
-        few = len(step) <= 60
+        log = len(positive) > 0 and float(positive.max()) > 100 * float(positive.min())
         shown = np.where(step > 0, step, np.nan) if log else step
-        ax.plot(run.iterations, shown, color="#117733", linewidth=1.0, marker="o" if few else None, markersize=3.5)
+        marker = "o" if len(step) <= 60 else None
+        ax.plot(run.iterations, shown, color="#117733", linewidth=1.0, marker=marker, markersize=3.5)
         zero = taken & (step == 0)
         if log and zero.any():
             ax.plot(
                 run.iterations[zero], np.full(int(zero.sum()), 0.02), "x", color="#B5533C", markersize=4,
                 transform=ax.get_xaxis_transform(), clip_on=False,
             )  # fmt: skip
+        if log:
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(0, 1.06 * float(positive.max()) if len(positive) else 1.0)
         ax.grid(axis="y")
         _iteration_axis(ax, run)
-    if log:
-        axes[0].set_yscale("log")
-    else:
-        axes[0].set_ylim(bottom=0)
-    _left(axes, "step size γ")
+    _left(axes, "step size")
     return figure
+
+
+def _positive(values: Array) -> Array:
+    return values[np.isfinite(values) & (values > 0)]
 
 
 def vertices(runs: Sequence[Run], palette: Palette | None = None) -> Figure:

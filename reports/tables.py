@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 
@@ -79,7 +80,7 @@ class AccuracyTable:
 
     def rich(self) -> Table:
         """Table for the terminal; the best value of each column within a group is bold."""
-        table = Table(title=self.title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        table = Table(title=self.title or None, title_justify="left", header_style="bold", box=SIMPLE, pad_edge=False)
         for name in self._header():
             text = name in ("method", "data")
             table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
