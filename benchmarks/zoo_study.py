@@ -88,10 +88,8 @@ def run(zoo: Zoo, name: str, experts: Sequence[str], tasks: Sequence[str], seed:
 
 def references(zoo: Zoo, tasks: Sequence[str]) -> tuple[float, float]:
     """Mean accuracy of the base, and of each task's own expert, in percent, as the zoo recorded them."""
-    record = zoo.record
-    zero = sum(record["zero_shot"][task] for task in tasks) / len(tasks)
-    own = sum(record["experts"][task]["accuracy"] for task in tasks) / len(tasks)
-    return 100 * zero, 100 * own
+    records = [zoo.record["experts"][task] for task in tasks]
+    return sum(r["zero_shot"] for r in records) / len(tasks), sum(r["expert"] for r in records) / len(tasks)
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:

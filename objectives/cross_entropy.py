@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import DataError
 from .models import Model
-from .objective import TaskObjective
+from .objective import TaskObjective, is_number
 from .task import Indices, Task
 
 
@@ -35,7 +35,7 @@ class CrossEntropy(TaskObjective):
         *,
         task_weights: Mapping[str, float] | None = None,
     ) -> None:
-        if not 0 <= label_smoothing < 1:
+        if not (is_number(label_smoothing) and 0 <= label_smoothing < 1):
             raise DataError(
                 f"The 'label_smoothing' parameter of CrossEntropy must be a float in the range [0, 1). "
                 f"Got {label_smoothing!r} instead."

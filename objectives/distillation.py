@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import DataError, nearest, some
 from .models import Model, Weights
-from .objective import TaskObjective, frozen_randomness, readable_out_of_memory
+from .objective import TaskObjective, frozen_randomness, is_number, readable_out_of_memory
 from .task import Indices, Task
 
 Teacher = Weights | Callable[[], Weights]
@@ -48,7 +48,7 @@ class Distillation(TaskObjective):
         task_weights: Mapping[str, float] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not (is_number(temperature) and math.isfinite(temperature) and temperature > 0):
             raise DataError(
                 f"The 'temperature' parameter of Distillation must be a float in the range (0, inf). "
                 f"Got {temperature!r} instead."

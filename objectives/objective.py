@@ -309,11 +309,17 @@ class TaskObjective(SumObjective):
                     "samples": len(task),
                     "classes": len(task.classes),
                     "labels_used": self.needs_labels,
+                    "fingerprint": task.fingerprint,
                 }
                 for task in self._tasks
             ],
             **self.model.describe(),
         }
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a plain number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def epoch_batch(samples: int, size: int | None, iteration: int | None, seed: int, stream: str) -> Indices:

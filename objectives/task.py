@@ -6,8 +6,10 @@ Face datasets; whatever they are, an objective only ever takes `len(inputs)` and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +130,16 @@ class Task:
     def texts(self) -> tuple[ClassTexts, ...]:
         """The heads that make this task's head: its own, unless it was joined with others."""
         return self.parts or (ClassTexts(self.name, self.classes, self.templates),)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, classes, labels and a sample of the inputs: whether two tasks hold the same data."""
+        digest = hashlib.sha256(repr((self.name, self.classes, self.templates, self.split, len(self))).encode())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        sample = np.unique(np.linspace(0, len(self) - 1, 8).astype(np.int64))
+        digest.update(self.batch(sample).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def batch(self, indices: Indices) -> Tensor:
         """The inputs [len(indices), ...] at these indices."""
