@@ -19,6 +19,7 @@ from . import memory, operator
 from .blocks import Blocks, make_blocks
 from .checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, model_folder, open_checkpoint
 from .compatibility import RenamedCheckpoint, mergeable
+from .device import DeviceStack
 from .errors import PoolError, listing, nearest
 from .operator import Matrix, Weights
 from .resident import Resident, resident_nbytes
@@ -298,9 +299,16 @@ class Pool:
     def _resident(self) -> Resident:
         return Resident(self._source, self._workers)
 
+    @cached_property
+    def _stacked(self) -> DeviceStack | None:
+        """The operator on an accelerator, where the pool is resident on one."""
+        if self.backend != "resident" or self.device.type == "cpu":
+            return None
+        return DeviceStack(self._source, self._workers, self.device)
+
     def engine(self) -> tuple[TaskVectors, Workers]:
-        """Return where task vectors come from, and the threads that take them; loads the resident backend."""
-        if self.backend == "resident":
+        """Return where task vectors come from on the host, and the threads that take them."""
+        if self.backend == "resident" and self.device.type == "cpu":
             return self._resident, self._workers
         return self._source, self._workers
 
@@ -319,6 +327,8 @@ class Pool:
         old: tuple[Matrix, Weights] | None = None
         if since is not None:
             old = self._matrix(since[0], blocks, "coefficients of `since`"), self._check_weights(since[1])
+        if self._stacked is not None:
+            return self._stacked.combine(matrix, blocks, since=None if old is None else old[1])
         source, workers = self.engine()
         return operator.combine(source, workers, matrix, blocks, self.device, since=old)
 
@@ -326,6 +336,8 @@ class Pool:
         """Return Σ_i D[b,i] τ_{i,b} for D [rows, n]; experts whose coefficients are 0 are not read."""
         self._check_blocks(blocks)
         matrix = self._matrix(coefficients, blocks, "coefficients")
+        if self._stacked is not None:
+            return self._stacked.combine(matrix, blocks, with_base=False)
         source, workers = self.engine()
         return operator.combine(source, workers, matrix, blocks, self.device, with_base=False)
 
@@ -346,8 +358,11 @@ class Pool:
         for gradient in stack:
             self._check_gradient(gradient)
         asked = range(self.n) if experts is None else [self._index(expert) for expert in experts]
-        source, workers = self.engine()
-        found = operator.correlate(source, workers, stack, blocks, asked)
+        if self._stacked is not None:
+            found = self._stacked.correlate(stack, blocks)[:, :, list(asked)]
+        else:
+            source, workers = self.engine()
+            found = operator.correlate(source, workers, stack, blocks, asked)
         if experts is not None:
             scores = np.full((len(stack), blocks.count, self.n), np.nan)
             scores[:, :, list(asked)] = found
@@ -357,6 +372,8 @@ class Pool:
     def gram(self, blocks: Blocks) -> Matrix:
         """Return the inner products ⟨τ_{i,b}, τ_{j,b}⟩ of the task vectors, [rows, n, n]."""
         self._check_blocks(blocks)
+        if self._stacked is not None:
+            return self._stacked.gram(blocks)
         source, workers = self.engine()
         return operator.gram(source, workers, blocks)
 
