@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ..objectives import CLIP, DataError, Task, joint
-from .builder import MISINITIALIZED
+from .rendering import Bytes, Ints
 from .storage import Weights, checksum, decode, norm, read, write
-from .tasks import BY_NAME, TEMPLATES, reference_images, split_images
+from .tasks import BY_NAME, SPLITS, TEMPLATES, reference_images, split_images
 
 SHIPPED = Path(__file__).parent / "data"
 NOISY, NOISY_OF, NOISE = "noisy", "pictograms", 6.0
@@ -83,9 +83,8 @@ class Zoo:
         """
         if name not in self.tasks:
             raise DataError(f"zoo: there is no task {name!r}; the tasks are {', '.join(self.tasks)}.")
-        splits = ("train", "validation", "test")
-        if split not in splits:
-            raise DataError(f"zoo: there is no split {split!r} of {name!r}; the splits are {', '.join(splits)}.")
+        if split not in SPLITS:
+            raise DataError(f"zoo: there is no split {split!r} of {name!r}; the splits are {', '.join(SPLITS)}.")
         row = BY_NAME[name]
         settings = self.record["settings"]
         images, labels = self._cached(
@@ -99,7 +98,9 @@ class Zoo:
 
         What the base knows: a merge that forgets it loses accuracy here. Its head is the rows' heads, concatenated.
         """
-        parts = self._reference_parts(split, each)
+        if split not in SPLITS:
+            raise DataError(f"zoo: the reference has the splits {', '.join(SPLITS)}, not {split!r}.")
+        parts = reference_images(split, each)
         tasks = joint([Task(n, torch.from_numpy(x), torch.from_numpy(y), BY_NAME[n].classes, TEMPLATES, split)
                        for n, (x, y) in parts.items()])  # fmt: skip
         inputs = torch.cat([torch.from_numpy(x) for x, _ in parts.values()])
@@ -116,12 +117,7 @@ class Zoo:
         """Class embeddings by row of the table (tasks and the further concepts of the reference), float32 [C, d]."""
         return read(self._source / "heads.safetensors")
 
-    def _reference_parts(self, split: str, each: int) -> dict[str, tuple[Any, Any]]:
-        if split not in ("train", "validation", "test"):
-            raise DataError(f"zoo: the reference has the splits train, validation and test, not {split!r}.")
-        return reference_images(split, each)
-
-    def _cached(self, name: str, render: Any) -> tuple[Any, Any]:
+    def _cached(self, name: str, render: Callable[[], tuple[Bytes, Ints]]) -> tuple[Bytes, Ints]:
         path = self.folder / "images" / f"{name}.npz"
         if not path.exists():
             images, labels = render()
@@ -222,6 +218,3 @@ def _with_noise(expert: Mapping[str, torch.Tensor], base: Mapping[str, torch.Ten
         size = norm({name: expert[name] - base[name]}) / max(norm({name: draw}), 1e-12)
         noisy[name] = expert[name] + NOISE * size * draw
     return noisy
-
-
-__all__ = ["DUPLICATE", "MISINITIALIZED", "NOISY", "Zoo", "default_cache", "load"]
