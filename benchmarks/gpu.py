@@ -30,7 +30,7 @@ def device_seconds(function: Callable[..., Any], *args: Any, repeats: int) -> fl
         function(*args)
     times = []
     for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         begin.record()
         function(*args)

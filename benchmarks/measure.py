@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -149,7 +150,8 @@ class Towers:
 
 @contextmanager
 def towers(folder: Path | None, architecture: Architecture = VIT_B_32) -> Iterator[Towers]:
-    """Synthetic towers in a new temporary folder (inside ``folder`` if given), removed afterwards."""
+    """Synthetic towers in a new temporary folder (inside ``folder`` if given), removed afterwards, also on SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mergesolve-bench-", dir=folder) as made:
         yield Towers(Path(made), architecture)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from itertools import product
 from math import prod
+from typing import Literal
 
 import torch
 from measure import Row, Towers, arguments, random_coefficients, random_gradient, say, seconds, show, towers
 from mergesolve.pools import Pool
 
 TITLE = "Operators against a plain pass over the same bytes"
-TARGETS = {"streaming": 0.5, "resident": 0.8}
+TARGETS: dict[Literal["streaming", "resident"], float] = {"streaming": 0.5, "resident": 0.8}
 
 
 def run(made: Towers, n: int = 8, repeats: int = 5) -> list[Row]:
@@ -24,7 +25,7 @@ def run(made: Towers, n: int = 8, repeats: int = 5) -> list[Row]:
     return [row for backend in TARGETS for row in run_backend(made, backend, n, repeats)]
 
 
-def run_backend(made: Towers, backend: str, n: int, repeats: int) -> list[Row]:
+def run_backend(made: Towers, backend: Literal["streaming", "resident"], n: int, repeats: int) -> list[Row]:
     """The four rows of one backend. Its task vectors and the plain copies are in memory only while this runs."""
     pool = Pool.open(base=made.base, experts=made.experts(n), backend=backend)
     parameters = sum(prod(shape) for shape in pool.tensors.values())

@@ -30,7 +30,7 @@ def trained(
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_fn(network(images[samples]), (labels[samples] + shift) % 10).backward()
+        loss_fn(network(images[samples]), (labels[samples] + shift) % 10).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
