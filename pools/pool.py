@@ -328,7 +328,7 @@ class Pool:
         if since is not None:
             old = self._matrix(since[0], blocks, "coefficients of `since`"), self._check_weights(since[1])
         if self._stacked is not None:
-            return self._stacked.combine(matrix, blocks, since=None if old is None else old[1])
+            return self._stacked.combine(matrix, blocks, since=old)
         source, workers = self.engine()
         return operator.combine(source, workers, matrix, blocks, self.device, since=old)
 
@@ -405,8 +405,8 @@ class Pool:
         return self._derived(self.names, Transformed(self._upstream(), fn, label), (*self._lineage, label))
 
     def _upstream(self) -> TaskVectors:
-        loaded = self.__dict__.get("_resident")
-        return self._source if loaded is None or self.device.type != "cpu" else loaded
+        loaded: Resident | None = self.__dict__.get("_resident")
+        return self._source if loaded is None else loaded
 
     def _derived(self, names: Sequence[str], source: TaskVectors, lineage: tuple[str, ...]) -> Pool:
         return Pool(

@@ -11,6 +11,7 @@ from math import prod
 import torch
 
 from .blocks import make_blocks
+from .memory import readable
 from .operator import Piece, pieces
 from .sources import Scratch, Shape, TaskVectors
 from .workers import Workers
@@ -41,8 +42,13 @@ class Resident:
         for name, shape in source.shapes.items():
             self.offsets[name] = total
             total += padded(prod(shape), ALIGNMENT)
-        self.stack = torch.empty(source.n, total)
-        self.flat_base = torch.empty(total)
+        try:
+            self.stack = torch.empty(source.n, total)
+            self.flat_base = torch.empty(total)
+        except RuntimeError as error:  # how PyTorch says that the host has no memory left
+            raise MemoryError(
+                f'pool: no room for {readable(4 * (source.n + 1) * total)} of task vectors; use backend="streaming".'
+            ) from error
         blocks = make_blocks("tensor", source.shapes)
         everyone = range(source.n)
 
