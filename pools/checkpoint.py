@@ -200,32 +200,33 @@ class ShardedCheckpoint:
         return self._shards[name].location(name)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a safetensors file, a PyTorch state dict, a folder of either, or a Hub id; read headers only.
-
-    Raises PoolError for what is not there, is cut short, or would need code to unpickle.
-    """
+def locate(path: str | os.PathLike[str]) -> Path:
+    """Return the file or folder that is meant; a Hub id is fetched. Raises PoolError for what is not there."""
     place = Path(path).expanduser()
-    if place.is_dir():
-        return _open_folder(place)
-    if place.is_file():
-        return _open_file(place)
+    if place.exists():
+        return place
     if isinstance(path, str) and _looks_like_hub_id(path):
-        return _open_folder(_download(path))
+        return _download(path)
     raise PoolError(
         f"pool: {path} does not exist; give a .safetensors file, a .pt/.pth/.bin state dict, a folder that holds them, "
         "or a Hugging Face id such as 'openai/clip-vit-base-patch32'."
     )
 
 
-def model_folder(path: str | os.PathLike[str]) -> Path | None:
-    """Return the local folder whose configuration files belong to the checkpoint, or None for a single file."""
-    place = Path(path).expanduser()
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a safetensors file, a PyTorch state dict, a folder of either, or a Hub id; read headers only.
+
+    Raises PoolError for what is not there, is cut short, or would need code to unpickle.
+    """
+    place = locate(path)
+    return _open_folder(place) if place.is_dir() else _open_file(place)
+
+
+def model_folder(place: Path) -> Path | None:
+    """Return the folder whose configuration files belong to a checkpoint, or None for a file that stands alone."""
     if place.is_dir():
         return place
-    if not place.exists() and isinstance(path, str) and _looks_like_hub_id(path):
-        return _download(path)
-    return None
+    return place.parent if place.name in WEIGHT_FILES else None
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -94,13 +94,11 @@ class Report:
 def inspect(pool: Pool) -> Report:
     """Read the pool once and report sizes, norms, cosines, sign conflicts and flags."""
     found = _measure(pool)
-    gram = found.gram.sum(axis=0)
+    base_square, overlap, gram = found.gram[0, 0], found.gram[0, 1:], found.gram[1:, 1:]
     norms = np.sqrt(np.diag(gram))
-    base_square, overlap = found.base_square.sum(), found.overlap.sum(axis=0)
     expert_norms = np.sqrt(np.maximum(base_square + 2 * overlap + norms**2, 0))
     cosines = _ratio(gram, np.outer(norms, norms))
     base_cosines = _ratio(base_square + overlap, np.sqrt(base_square) * expert_norms)
-    agreement, both = found.signs.sum(axis=0), found.moved.sum(axis=0)
     flags = (
         *_nonfinite(pool, found),
         *_duplicates(pool.names, gram, norms),
@@ -120,67 +118,86 @@ def inspect(pool: Pool) -> Report:
         norms=norms,
         base_cosines=base_cosines,
         cosines=cosines,
-        sign_conflicts=_ratio(both - agreement, 2 * both),
-        conflicted=float(_ratio(found.conflicted.sum(), found.touched.sum())),
+        sign_conflicts=_ratio(found.moved - found.signs, 2 * found.moved),
+        conflicted=float(_ratio(found.conflicted, found.touched)),
         flags=flags,
         fingerprint=pool.fingerprint,
     )
 
 
 class _Measured:
-    """Sums by tensor: t tensors, n experts."""
+    """Sums over pieces of tensors: t tensors, n experts."""
 
     def __init__(self, t: int, n: int) -> None:
-        self.gram = np.zeros((t, n, n))
-        self.base_square = np.zeros(t)
-        self.overlap = np.zeros((t, n))
-        """⟨θ0, τ_i⟩."""
-        self.signs = np.zeros((t, n, n))
+        self.gram = np.zeros((1 + n, 1 + n))
+        """Inner products of θ0 and the task vectors."""
+        self.signs = np.zeros((n, n))
         """Parameters moved alike minus parameters moved oppositely."""
-        self.moved = np.zeros((t, n, n))
+        self.moved = np.zeros((n, n))
         """Parameters that both move."""
-        self.conflicted = np.zeros(t)
-        self.touched = np.zeros(t)
+        self.conflicted = 0.0
+        self.touched = 0.0
         self.nonfinite = np.zeros((t, 1 + n))
-        """Values that are not finite, of the base and the experts."""
+        """Values that are not finite, by tensor, of the base and the experts."""
 
-    def add(self, t: int, base: torch.Tensor, stack: torch.Tensor) -> None:
-        """Add a piece: base [elements], task vectors [n, elements]."""
-        finite_base = base.isfinite()
-        if not (bool(finite_base.all()) and bool(stack.isfinite().all())):
-            self.nonfinite[t, 0] += float((~finite_base).sum())
-            self.nonfinite[t, 1:] += (~stack.isfinite() & finite_base).sum(dim=1).numpy()
-            stack = stack.nan_to_num(0.0, 0.0, 0.0)
-            base = base.nan_to_num(0.0, 0.0, 0.0)
-        rows = segmented_gram(torch.cat([base.unsqueeze(0), stack])).numpy()
-        self.base_square[t] += rows[0, 0]
-        self.overlap[t] += rows[0, 1:]
-        self.gram[t] += rows[1:, 1:]
-        signs = stack.sign()
-        self.signs[t] += torch.mm(signs, signs.t()).numpy()  # counts below 2^24 are exact in float32
-        moves = signs.abs()
-        self.moved[t] += torch.mm(moves, moves.t()).numpy()
-        moved, balance = moves.sum(dim=0), signs.sum(dim=0)
-        self.touched[t] += float((moved > 0).sum())
-        self.conflicted[t] += float((balance.abs() < moved).sum())
+    def add(self, t: int, piece: _Sums) -> None:
+        """Add a piece of one tensor."""
+        self.gram += piece.gram
+        self.signs += piece.signs
+        self.moved += piece.moved
+        self.conflicted += piece.conflicted
+        self.touched += piece.touched
+        if piece.nonfinite is not None:
+            self.nonfinite[t] += piece.nonfinite
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The same sums over one piece."""
+
+    gram: Matrix
+    signs: Matrix
+    moved: Matrix
+    conflicted: float
+    touched: float
+    nonfinite: Matrix | None
+    """[1 + n], or None where all values are finite."""
+
+
+def _sums(base: torch.Tensor, stack: torch.Tensor) -> _Sums:
+    """Take the sums over a piece: base [elements], task vectors [n, elements]."""
+    nonfinite: Matrix | None = None
+    finite_base = base.isfinite()
+    if not (bool(finite_base.all()) and bool(stack.isfinite().all())):
+        bad = torch.cat([~finite_base.unsqueeze(0), ~stack.isfinite() & finite_base])
+        nonfinite = bad.sum(dim=1, dtype=torch.float64).numpy()
+        stack = stack.nan_to_num(0.0, 0.0, 0.0)
+        base = base.nan_to_num(0.0, 0.0, 0.0)
+    gram = segmented_gram(torch.cat([base.unsqueeze(0), stack])).numpy()
+    signs = stack.sign()
+    moves = signs.abs()
+    moved, balance = moves.sum(dim=0), signs.sum(dim=0)
+    return _Sums(
+        gram=gram,
+        signs=torch.mm(signs, signs.t()).double().numpy(),  # counts below 2^24 are exact in float32
+        moved=torch.mm(moves, moves.t()).double().numpy(),
+        conflicted=float((balance.abs() < moved).sum()),
+        touched=float((moved > 0).sum()),
+        nonfinite=nonfinite,
+    )
 
 
 def _measure(pool: Pool) -> _Measured:
     source, workers = pool.engine()
     blocks = pool.blocks("tensor")
-    work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, 2 * pool.n))
-    totals: dict[int, _Measured] = {}
-
-    def do(piece: Piece, scratch: Scratch) -> None:
-        base = source.base(piece.name, piece.start, piece.stop, scratch)
-        mine = totals.setdefault(id(scratch), _Measured(blocks.count, pool.n))
-        mine.add(piece.rows.start, base, piece_stack(source, piece, scratch, base))
-
-    workers.run(work, do, serial=source.serial)
     total = _Measured(blocks.count, pool.n)
-    for part in totals.values():
-        for key, value in vars(total).items():
-            value += vars(part)[key]
+
+    def measure(piece: Piece, scratch: Scratch) -> _Sums:
+        base = source.base(piece.name, piece.start, piece.stop, scratch)
+        return _sums(base, piece_stack(source, piece, scratch, base))
+
+    work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, 2 * pool.n))
+    workers.run(work, measure, then=lambda piece, found: total.add(piece.rows.start, found), serial=source.serial)
     return total
 
 

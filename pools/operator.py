@@ -236,27 +236,30 @@ def _weighted_sum(
 
 
 def gram(source: TaskVectors, workers: Workers, blocks: Blocks) -> Matrix:
-    """Return ⟨τ_{i,b}, τ_{j,b}⟩: [rows, n, n]."""
-    n = source.n
-    work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, n))
-    partial = Partial(work, (n, n))
+    """Return ⟨τ_{i,b}, τ_{j,b}⟩: [rows, n, n].
 
-    def do(index: int, scratch: Scratch) -> None:
-        piece, out = work[index], partial[index]
+    The products of a piece are as large as those of a row, so they are added up as they come, in order.
+    """
+    n = source.n
+    result = np.zeros((blocks.count, n, n))
+
+    def products(piece: Piece, scratch: Scratch) -> torch.Tensor:
         stack = piece_stack(source, piece, scratch)
         if piece.width is None:
-            out[0] = segmented_gram(stack).numpy()
-            return
+            return segmented_gram(stack)
         by_row = stack.view(n, -1, piece.width).transpose(0, 1)
         if piece.width <= SEGMENT:
-            out[:] = torch.bmm(by_row, by_row.transpose(1, 2)).numpy()
-        else:
-            for row, its_stack in zip(out, by_row, strict=True):
-                row[:] = segmented_gram(its_stack).numpy()
+            return torch.bmm(by_row, by_row.transpose(1, 2))
+        return torch.stack([segmented_gram(row) for row in by_row])
 
-    workers.run(range(len(work)), do, serial=source.serial)
-    result = partial.sum(blocks.count)
-    return 0.5 * (result + result.transpose(0, 2, 1))  # float32 products are symmetric only to rounding
+    def add(piece: Piece, found: torch.Tensor) -> None:
+        result[piece.rows] += found.numpy()
+
+    work = pieces(source, blocks, list(source.shapes), gram_limit(workers.limit, n))
+    workers.run(work, products, then=add, serial=source.serial)
+    for matrix in result:  # float32 products are symmetric only to rounding
+        matrix[:] = 0.5 * (matrix + matrix.T)
+    return result
 
 
 def gram_limit(limit: int, n: int) -> int:

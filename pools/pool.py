@@ -17,7 +17,7 @@ import torch
 
 from . import memory, operator
 from .blocks import Blocks, make_blocks
-from .checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, model_folder, open_checkpoint
+from .checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, locate, model_folder, open_checkpoint
 from .compatibility import RenamedCheckpoint, mergeable
 from .device import DeviceStack
 from .errors import PoolError, listing, nearest
@@ -164,8 +164,9 @@ class Pool:
         }
         parsed = parse_spec(spec, given)
         opened = {name: open_checkpoint(path) for name, path in parsed.experts.items()}
+        place = locate(parsed.base)
         return cls._assemble(
-            open_checkpoint(parsed.base), opened, parsed, model_folder(parsed.base), backend=backend, device=device
+            open_checkpoint(place), opened, parsed, model_folder(place), backend=backend, device=device
         )
 
     @classmethod

@@ -1,5 +1,6 @@
 """Pieces of work on threads, with results that do not depend on how many there are.
 
+What is summed over pieces is added in the order of the pieces, by whichever thread has done one when its turn comes.
 Reading and arithmetic on a piece release the interpreter lock, so plain threads scale. PyTorch's own threads are
 switched off meanwhile: pieces are small, and splitting each of them again costs more than it saves.
 """
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Condition
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from .sources import Scratch
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 MAX_THREADS = 8  # memory bandwidth, not arithmetic, is the limit
 
 
@@ -49,21 +52,37 @@ class Workers:
             self._scratch.append(Scratch(self.limit))
         return self._scratch[index]
 
-    def run(self, items: Sequence[Item], work: Callable[[Item, Scratch], None], *, serial: bool = False) -> None:
-        """Do all items; the first error is raised after the others have stopped."""
-        queue = deque(items)
+    def run(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Item, Scratch], Result],
+        *,
+        then: Callable[[Item, Result], None] | None = None,
+        serial: bool = False,
+    ) -> None:
+        """Do all items; the first error is raised after the others have stopped.
+
+        `then` takes the results one at a time, in the order of the items. A thread keeps its result, which may lie in
+        its scratch buffers, until then: at most one waits on each thread.
+        """
+        queue = deque(enumerate(items))
+        turns = _Turns()
 
         def drain(scratch: Scratch) -> None:
             with torch.no_grad():
                 while True:
                     try:
-                        item = queue.popleft()
+                        index, item = queue.popleft()
                     except IndexError:
                         return
                     try:
-                        work(item, scratch)
+                        result = work(item, scratch)
+                        if then is not None and turns.wait(index):
+                            then(item, result)
+                            turns.advance()
                     except BaseException:
                         queue.clear()
+                        turns.stop()
                         raise
 
         count = 1 if serial else min(self.threads, len(items))
@@ -74,6 +93,33 @@ class Workers:
         with _one_torch_thread(), ThreadPoolExecutor(count, thread_name_prefix="pool") as executor:
             for future in [executor.submit(drain, scratch) for scratch in buffers]:
                 future.result()
+
+
+class _Turns:
+    """Whose turn it is, by number; items are started in order, so the one whose turn it is has always been started."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._next = 0
+        self._stopped = False
+
+    def wait(self, index: int) -> bool:
+        """Return True when the turn of `index` has come, or False once turns have stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._next == index)
+            return not self._stopped
+
+    def advance(self) -> None:
+        """Pass the turn on."""
+        with self._changed:
+            self._next += 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Release all who wait: an item failed, so its turn never ends."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
 
 @contextmanager

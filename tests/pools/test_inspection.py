@@ -53,6 +53,23 @@ def test_geometry_equals_direct_formulas(backend):
     assert report.blocks == {"model": 1, "layer": 2, "tensor": 3, "row": 160}
 
 
+def test_threads_do_not_change_the_report():
+    """Pieces of a thousand elements, with NaN in some, added up by one thread and by three."""
+    generator = torch.Generator().manual_seed(9)
+    base = {"w": torch.randn(300_000, generator=generator), "v": torch.randn(70, 900, generator=generator)}
+    experts = {
+        f"e{i}": {k: v + 0.01 * torch.randn(v.shape, generator=generator) for k, v in base.items()} for i in range(5)
+    }
+    experts["e1"]["v"][3, 4:9] = float("nan")
+    reports = []
+    for threads in (1, 3, 3):
+        pool = Pool.from_state_dicts(base, experts, backend="streaming")
+        pool._workers._threads, pool._workers.limit = threads, 2048
+        reports.append(json.dumps(inspect(pool).as_dict()))
+    assert reports[0] == reports[1] == reports[2]
+    assert "'v' (5)" in reports[0]
+
+
 def test_healthy_pools_raise_no_flag(backend):
     assert inspect(Pool.from_state_dicts(BASE, EXPERTS, backend=backend)).flags == ()
 

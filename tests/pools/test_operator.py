@@ -1,5 +1,6 @@
 """combine, correlate and gram against a float64 reference, and as a linear operator with its adjoint."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,34 @@ def test_threads_do_not_change_the_result(files, models):
         results.append((pool.correlate(gradient(12), blocks), pool.combine(drawn(5, blocks.count), blocks)))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("kind", ["model", "row"])
+def test_threads_do_not_change_the_gram_matrices(files, kind):
+    results = []
+    for threads in (1, 3, 3):
+        pool = open_pool(files, "streaming")
+        pool._workers._threads = threads
+        results.append(pool.gram(pool.blocks(kind)))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_gram_takes_the_memory_of_its_result_however_many_pieces_there_are():
+    """With 64 experts there are 128 pieces here, whose products together would take 32 times the result of a row."""
+    n, generator = 64, torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(PIECE * 8)}
+    experts = {f"e{i}": {"w": torch.randn(len(base["w"]), generator=generator)} for i in range(n)}
+    pool = Pool.from_state_dicts(base, experts, backend="streaming")
+    blocks = pool.blocks("model")
+    pool.gram(blocks)
+    tracemalloc.start()  # counts what numpy allocates
+    try:
+        pool.gram(blocks)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 8 * n * n
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

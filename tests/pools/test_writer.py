@@ -134,7 +134,8 @@ def test_names_are_those_of_the_bases_file(tmp_path):
     assert_same(load_file(path), {k: v + 1 for k, v in state.items()})
 
 
-def test_configuration_and_tokenizer_files_are_copied(tmp_path):
+@pytest.mark.parametrize("named", ["", "model.safetensors"])
+def test_configuration_and_tokenizer_files_are_copied(tmp_path, named):
     base = tmp_path / "base"
     base.mkdir()
     save_file(draw(0), base / "model.safetensors")
@@ -149,7 +150,7 @@ def test_configuration_and_tokenizer_files_are_copied(tmp_path):
     ):
         (base / name).write_text(name)
     (base / "training.log").write_text("not this")
-    pool = Pool.open(base=base, experts=[tmp_path / "e.safetensors"])
+    pool = Pool.open(base=base / named, experts=[tmp_path / "e.safetensors"])
     pool.materialize(np.ones((1, 1)), pool.blocks("model"), tmp_path / "out")
     assert listed(tmp_path / "out") == [
         "config.json",
