@@ -137,6 +137,6 @@ def main() -> None:
     Examples:
       mergesolve demo
       mergesolve pool inspect --base base.safetensors --expert 'experts/*.safetensors'
-      mergesolve solve --zoo --task digits --task shapes --preset paper
+      mergesolve solve --zoo --task digits --task shapes --preset fw-soft
       mergesolve list solvers
     """

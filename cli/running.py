@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 COMMENT = f"# What ran, every default filled in. Again: mergesolve solve {RECIPE}\n"
 LEFT_BY_A_RUN = ("trace.jsonl", "result.json", "coefficients.safetensors", "checkpoint.safetensors")
+ALL_OF_A_RUN = (*LEFT_BY_A_RUN, RECIPE, "merged.safetensors", "figures")
+ASIDE = ".replaced"  # where the run that --overwrite replaces waits until the new one has made its first step
 
 
 @dataclass
@@ -48,8 +52,11 @@ def new_run_folder(recipe: Recipe, wanted: str | None, *, overwrite: bool = Fals
                     f"--run '{wanted}' holds a run already. Go on with it (--resume {wanted}), replace it "
                     "(--overwrite), or name another folder."
                 )
-            for name in LEFT_BY_A_RUN:
-                (folder / name).unlink(missing_ok=True)
+        elif (folder / RECIPE).exists():
+            raise UsageProblem(
+                f"--run '{wanted}' holds a {RECIPE} and no run; the recipe of the new run would replace it. "
+                "Name another folder."
+            )
         return folder
     name = recipe.preset or recipe.solver.name
     for number_ in range(1, 10_000):
@@ -77,12 +84,56 @@ def open_run(folder: Path) -> tuple[Recipe, str | None]:
     return recipe, None if status in ("running", "interrupted") else status
 
 
-def _forget_refused(folder: Path) -> None:
-    """Remove the recipe of a solve that was refused before it began, so that nothing is left half written."""
-    if not any((folder / name).exists() for name in LEFT_BY_A_RUN):
-        (folder / RECIPE).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the folder was there before, with other files
-            folder.rmdir()
+@contextlib.contextmanager
+def _writing(folder: Path, *, resume: bool) -> Iterator[Callable[[], None]]:
+    """Put the folder back as it was if the block raises before it calls what it is given.
+
+    Until then an old run of the folder is set aside, and only files that the block made are removed. Of a run that is
+    resumed, only the recipe is written before the solve has accepted it.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    aside = folder / ASIDE
+    kept = False
+    recipe = (folder / RECIPE).read_text(encoding="utf-8") if resume else ""
+    if not resume and any((folder / name).exists() for name in LEFT_BY_A_RUN):
+        _remove(aside)
+        aside.mkdir()
+        for name in ALL_OF_A_RUN:
+            if (folder / name).exists():
+                (folder / name).rename(aside / name)
+
+    def keep() -> None:
+        nonlocal kept
+        if not kept:
+            _remove(aside)
+        kept = True
+
+    before = {name for name in ALL_OF_A_RUN if (folder / name).exists()}
+    try:
+        yield keep
+    except BaseException:
+        if not kept and resume:
+            _write(folder / RECIPE, recipe)
+        elif not kept:
+            for name in ALL_OF_A_RUN:
+                if name not in before:
+                    _remove(folder / name)
+            if aside.exists():
+                for place in aside.iterdir():
+                    place.rename(folder / place.name)
+                aside.rmdir()
+            for place in missing:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+        raise
+    keep()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _blame_checkpoints(setup: Setup) -> None:
@@ -91,7 +142,7 @@ def _blame_checkpoints(setup: Setup) -> None:
 
     flags = [flag.message for flag in inspect(setup.pool).flags if flag.kind == "nonfinite"]
     if flags:
-        raise UsageProblem(f"{' '.join(flags)} Leave the expert or the tensors (--exclude) out of the pool.")
+        raise UsageProblem(" ".join(flags))
 
 
 def load_outcome(folder: Path) -> Outcome:
@@ -127,28 +178,32 @@ def execute(
         setup.check_names()
         problem, solver, start = setup.problem, setup.solver, setup.start
         complete = setup.resolved()
-        _write(folder / RECIPE, COMMENT + to_yaml(complete))
-        with follow(label, recipe.max_iter, quiet=quiet) as follower:
-            try:
-                result = solve(
-                    problem,
-                    solver,
-                    start=start,
-                    max_iter=recipe.max_iter,
-                    tol=recipe.tol,
-                    rtol=recipe.rtol,
-                    time_limit=math.inf if recipe.time_limit is None else recipe.time_limit,
-                    callback=follower,
-                    run=folder,
-                    resume=resume,
-                )
-            except BaseException:
-                _forget_refused(folder)
-                raise
+        with follow(label, recipe.max_iter, quiet=quiet) as follower, _writing(folder, resume=resume) as keep:
+
+            def watch(record: dict[str, Any]) -> None:
+                if record["step"] is not None:
+                    keep()
+                if follower is not None:
+                    follower(record)
+
+            _write(folder / RECIPE, COMMENT + to_yaml(complete))
+            result = solve(
+                problem,
+                solver,
+                start=start,
+                max_iter=recipe.max_iter,
+                tol=recipe.tol,
+                rtol=recipe.rtol,
+                time_limit=math.inf if recipe.time_limit is None else recipe.time_limit,
+                callback=watch,
+                run=folder,
+                resume=resume,
+            )
+            if result.status == "nonfinite":
+                _blame_checkpoints(setup)
     if result.status == "interrupted":
         raise Interrupted(f"interrupted after {result.nit} iterations; go on with: mergesolve solve --resume {folder}")
     if result.status == "nonfinite":
-        _blame_checkpoints(setup)
         raise SolveFailed(
             f"the objective or its scores became NaN or infinite at iteration {result.nit} ({result.message}); "
             f"{folder} holds the trace. Look for a bad expert with `mergesolve pool inspect`, start from 'average', or "
@@ -193,8 +248,9 @@ def draw(folder: Path) -> list[Path]:
 def report(outcome: Outcome, *, as_json: bool, quiet: bool) -> int:
     """Print the summary; returns the exit code."""
     result = outcome.result
+    more = "--run NEW --start run:{folder}" if outcome.setup.solver.scheduled else "--resume {folder} --max-iter N"
     remedy = {
-        "max_iter": "more iterations: --resume {folder} --max-iter N",
+        "max_iter": f"more iterations: {more}",
         "time_limit": "more time: --resume {folder} --time-limit SECONDS",
         "stalled": "another start, step rule or solver",
     }.get(result.status)

@@ -54,12 +54,13 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
     \b
     Examples:
       mergesolve solve --zoo --task digits --task shapes --limit 100 --preset fw-soft
-      mergesolve solve --zoo --task digits --preset row-distillation --max-iter 200 --run runs/rows
+      mergesolve solve --zoo --task digits --preset row-distillation --max-iter 200
       mergesolve solve recipe.yaml --seed 1 --set solver.step_rule=open-loop
       mergesolve solve --base clip.safetensors --expert 'experts/*.safetensors' --model ViT-B-32 \\
-          --task cars=cars.npz --task pets=pets_images/ --objective cross-entropy --domain capped
-      mergesolve solve --resume runs/rows --max-iter 800
+          --task cars=cars.npz --task pets=pets_images/ --domain capped --run runs/pets
+      mergesolve solve --resume runs/pets --max-iter 800
     """
+    from ..solvers import make_solver
     from .running import execute, new_run_folder, open_run, report
 
     as_json, quiet = flags.pop("as_json"), flags.pop("quiet")
@@ -76,7 +77,16 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
             )
         if ended in ("max_iter", "time_limit") and not limits:
             flag = "--max-iter" if ended == "max_iter" else "--time-limit"
-            raise UsageProblem(f"run '{resume}' used up its {ended.replace('_', ' ')}. Give a larger {flag} to go on.")
+            if ended == "time_limit" or not make_solver(plan.solver.plain()).scheduled:
+                raise UsageProblem(
+                    f"run '{resume}' used up its {ended.replace('_', ' ')}. Give a larger {flag} to go on."
+                )
+            limits["max_iter"] = None  # refused below
+        if limits.get("max_iter", plan.max_iter) != plan.max_iter and make_solver(plan.solver.plain()).scheduled:
+            raise UsageProblem(
+                f"run '{resume}': the steps of '{plan.solver.name}' follow a schedule over max_iter={plan.max_iter}, so "
+                f"a resumed run keeps it. For more iterations start a new run from this one: --start run:{resume}"
+            )
         plan = replace(plan, **limits)
     else:
         plan = recipe_from(flags, recipe)
