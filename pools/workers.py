@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Condition
+from threading import Condition, RLock
 from typing import TypeVar
 
 import torch
@@ -30,6 +30,7 @@ class Workers:
         self.limit = limit
         self._threads = threads
         self._scratch: list[Scratch] = []
+        self._lock = RLock()
 
     @property
     def threads(self) -> int:
@@ -38,8 +39,8 @@ class Workers:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the buffers."""
-        return self.threads * 20 * self.limit
+        """Memory of the buffers, at most: 6 float32 pieces a thread, and 4 where all experts are held at once."""
+        return self.threads * 4 * self.limit * (6 + 4)
 
     @property
     def bytes_read(self) -> int:
@@ -85,14 +86,17 @@ class Workers:
                         turns.stop()
                         raise
 
-        count = 1 if serial else min(self.threads, len(items))
+        count = 1 if serial else min(self.threads, len(queue))
         if count <= 1:
             drain(self.scratch())
             return
         buffers = [self.scratch(i) for i in range(count)]
         with _one_torch_thread(), ThreadPoolExecutor(count, thread_name_prefix="pool") as executor:
-            for future in [executor.submit(drain, scratch) for scratch in buffers]:
-                future.result()
+            try:
+                for future in [executor.submit(drain, scratch) for scratch in buffers]:
+                    future.result()
+            finally:
+                queue.clear()  # an interrupt stops the threads after the pieces that they have begun
 
 
 class _Turns:
