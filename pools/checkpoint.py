@@ -7,6 +7,7 @@ and the memory of a pool must not grow with the number of its experts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -46,6 +47,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 SAFETENSORS_SUFFIXES = (".safetensors",)
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+HUB_TIMEOUT = 10.0  # seconds for the Hub to answer
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,11 @@ def locate(path: str | os.PathLike[str]) -> Path:
     place = Path(path).expanduser()
     if place.exists():
         return place
-    if isinstance(path, str) and _looks_like_hub_id(path):
+    if isinstance(path, str) and is_hub_id(path):
         return _download(path)
     raise PoolError(
-        f"pool: {path} does not exist; give a .safetensors file, a .pt/.pth/.bin state dict, a folder that holds them, "
-        "or a Hugging Face id such as 'openai/clip-vit-base-patch32'."
+        f"pool: {path} does not exist: there is no such file or folder. Give a .safetensors file, a .pt/.pth/.bin "
+        "state dict, a folder that holds them, or a Hugging Face id such as 'openai/clip-vit-base-patch32'."
     )
 
 
@@ -396,12 +398,23 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
     return ShardedCheckpoint(folder, {tensor: files[name] for tensor, name in weight_map.items()})
 
 
-def _looks_like_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", text) is not None and not text.startswith(".")
+def is_hub_id(text: str, folder: Path | None = None) -> bool:
+    """Whether a name that is no file or folder can be a Hugging Face id, rather than a path with a mistake in it.
+
+    Weight files, what begins with . or ~, and what would lie in a folder that exists (in `folder`) are paths.
+    """
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", text) is not None
+        and not text.lower().endswith(SAFETENSORS_SUFFIXES + TORCH_SUFFIXES)
+        and not (folder or Path()).joinpath(text.split("/")[0]).is_dir()
+    )
 
 
 def _download(hub_id: str) -> Path:
-    """Fetch weights and configuration of a Hugging Face repository (``owner/name`` or ``owner/name@revision``)."""
+    """Fetch weights and configuration of a Hugging Face repository (``owner/name`` or ``owner/name@revision``).
+
+    Without the network, what was fetched before is used.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -414,9 +427,14 @@ def _download(hub_id: str) -> Path:
         safe = any(file.endswith(".safetensors") for file in listed)
         patterns = ["*.safetensors", "*.safetensors.index.json"] if safe else ["*.bin", "*.bin.index.json"]
         folder = snapshot_download(
-            name, revision=revision or None, allow_patterns=[*patterns, "*.json", "*.txt", "*.model"]
+            name,
+            revision=revision or None,
+            allow_patterns=[*patterns, "*.json", "*.txt", "*.model"],
+            etag_timeout=HUB_TIMEOUT,
         )
     except Exception as error:  # the Hub client raises many kinds; all mean that the id cannot be had
+        with contextlib.suppress(Exception):
+            return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PoolError(
             f"pool: {hub_id} is not a local path and could not be fetched from the Hugging Face Hub ({reason}). "
@@ -426,6 +444,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _hub_files(name: str, revision: str | None) -> list[str]:
-    from huggingface_hub import list_repo_files
+    """List a repository's files, in one request: `list_repo_files` retries for half a minute and warns each time."""
+    from huggingface_hub import model_info
 
-    return list(list_repo_files(name, revision=revision))
+    return [file.rfilename for file in model_info(name, revision=revision, timeout=HUB_TIMEOUT).siblings or ()]

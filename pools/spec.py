@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from .blocks import natural
-from .checkpoint import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WEIGHT_FILES
+from .checkpoint import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WEIGHT_FILES, is_hub_id
 from .errors import PoolError, nearest
 
 FIELDS = ("base", "experts", "include", "exclude", "rename", "dtype")
@@ -174,12 +174,14 @@ def _path(value: object, folder: Path | None, owner: str) -> str:
     if not isinstance(value, (str, os.PathLike)) or not str(value):
         raise PoolError(f"{owner} must be a path; got {value!r}.")
     place = Path(value).expanduser()
-    if folder is None or place.is_absolute():
+    if place.is_absolute():
         return str(place)
-    local = folder / place
+    local = (folder or Path()) / place
     # What is not there may be a Hub id, which must stay as it is; anything else fails with the full path when opened.
-    is_id = len(place.parts) == 2 and not place.suffix and not local.exists() and not glob.has_magic(str(place))
-    return str(value) if is_id else str(local)
+    if isinstance(value, str) and not local.exists() and is_hub_id(value, folder):
+        return value
+    # A path object is no Hub id even if it looks like one, and is told apart by being absolute.
+    return str(local if isinstance(value, str) or local.exists() else local.absolute())
 
 
 def _patterns(value: object, owner: str) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ import os
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mergesolve.pools import Pool, PoolError
-from mergesolve.pools.checkpoint import Buffer, open_checkpoint
+from mergesolve.pools.checkpoint import Buffer, is_hub_id, open_checkpoint
 from safetensors.torch import save_file
 
 
@@ -254,7 +255,8 @@ class TestHub:
             asked.update(options, name=name)
             return str(tmp_path)
 
-        monkeypatch.setattr(hub, "list_repo_files", lambda name, revision: ["model.safetensors", "pytorch_model.bin"])
+        files = [SimpleNamespace(rfilename=name) for name in ("model.safetensors", "pytorch_model.bin")]
+        monkeypatch.setattr(hub, "model_info", lambda name, revision, timeout: SimpleNamespace(siblings=files))
         monkeypatch.setattr(hub, "snapshot_download", snapshot)
         assert_same(everything(open_checkpoint("owner/name@v2")), draw(0))
         assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
@@ -265,15 +267,60 @@ class TestHub:
         with pytest.raises(PoolError, match=r"pip install 'mergesolve\[hub\]'"):
             open_checkpoint("owner/name")
 
-    def test_an_id_that_cannot_be_fetched(self, monkeypatch):
+    def test_an_id_that_cannot_be_fetched(self, monkeypatch, tmp_path):
         hub = pytest.importorskip("huggingface_hub")
+        asked = []
 
-        def fail(name, revision):
+        def fail(name, revision, timeout):
+            asked.append(name)
+            raise ConnectionError("no route to host\nsecond line")
+
+        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(hub, "model_info", fail)
+        with pytest.raises(PoolError, match=r"owner/name is not a local path and could not be fetched .*no route") as e:
+            open_checkpoint("owner/name")
+        assert "second line" not in str(e.value)
+        assert asked == ["owner/name"]
+
+    def test_without_the_network_what_was_fetched_before_is_used(self, monkeypatch, tmp_path):
+        hub = pytest.importorskip("huggingface_hub")
+        save_file(draw(0), tmp_path / "model.safetensors")
+
+        def fail(name, revision, timeout):
             raise ConnectionError("no route to host")
 
-        monkeypatch.setattr(hub, "list_repo_files", fail)
-        with pytest.raises(PoolError, match=r"owner/name is not a local path and could not be fetched .*no route"):
-            open_checkpoint("owner/name")
+        monkeypatch.setattr(hub, "model_info", fail)
+        monkeypatch.setattr(hub, "snapshot_download", lambda name, revision, local_files_only: str(tmp_path))
+        assert_same(everything(open_checkpoint("owner/name")), draw(0))
+
+    @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "laion/model-v1.5@refs/pr/3", "a_b/c@main"])
+    def test_ids(self, name, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        assert is_hub_id(name)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "ex/missing.safetensors",
+            "ex/missing.PT",
+            "ex/pytorch_model.bin",
+            "./missing",
+            "../missing",
+            ".hidden/missing",
+            "~/missing",
+            "/tmp/missing",
+            "folder/missing",
+            "missing",
+            "a/b/c",
+        ],
+    )
+    def test_missing_paths_are_no_ids_and_nothing_is_asked_of_the_hub(self, name, monkeypatch, tmp_path):
+        hub = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(hub, "model_info", lambda *args, **options: pytest.fail("the Hub was asked"))
+        (tmp_path / "folder").mkdir()
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(PoolError, match="does not exist: there is no such file or folder"):
+            open_checkpoint(name)
 
 
 def test_opening_reads_headers_only(tmp_path):

@@ -158,6 +158,20 @@ class TestYaml:
         spec = parse_spec(path, {})
         assert (spec.base, spec.experts) == ("owner/name", {"name": "other/name"})
 
+    def test_a_missing_file_is_named_by_its_full_path_and_is_no_hub_id(self, tmp_path):
+        (tmp_path / "experts").mkdir()
+        fields = {"base": "owner/model-v1.5", "experts": {"a": "experts/missing", "b": "else/missing.safetensors"}}
+        spec = parse_spec(write(tmp_path, fields), {})
+        assert spec.base == "owner/model-v1.5"
+        assert spec.experts == {
+            "a": str(tmp_path / "experts" / "missing"),
+            "b": str(tmp_path / "else" / "missing.safetensors"),
+        }
+
+    def test_path_objects_are_no_hub_ids(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert parse_spec(None, {"base": Path("owner/name"), "experts": ["a/b"]}).base == str(tmp_path / "owner/name")
+
 
 class TestNames:
     """Experts named by their paths."""
