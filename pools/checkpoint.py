@@ -8,6 +8,7 @@ and the memory of a pool must not grow with the number of its experts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -24,6 +25,11 @@ from typing import Any, Protocol
 import torch
 
 from .errors import PoolError, listing
+
+try:
+    import resource
+except ImportError:  # not on Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
 
 # Names of element types in safetensors headers.
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -156,7 +162,7 @@ class FileCheckpoint:
 
     def _open(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self.label, os.O_RDONLY)
+            self._descriptor = _open_for_reading(self.label)
             weakref.finalize(self, os.close, self._descriptor)
         return self._descriptor
 
@@ -183,6 +189,45 @@ class FileCheckpoint:
     def location(self, name: str) -> str:
         """Return the file."""
         return self.label
+
+
+def _open_for_reading(path: str) -> int:
+    """Open a file, which stays open; raise OSError that says what to do if too many are.
+
+    Many experts in many shards exceed the usual soft limit of 1024 open files. It is raised when half of it is used,
+    before other parts of the program run into it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        if not _allow_more_files():
+            raise OSError(
+                error.errno,
+                f"{path} cannot be opened: the limit of open files is reached. Raise it (ulimit -Hn), or join the "
+                "shards of each checkpoint into one file",
+            ) from error
+        descriptor = os.open(path, os.O_RDONLY)
+    if resource is not None and descriptor >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+        _allow_more_files()
+    return descriptor
+
+
+def _allow_more_files() -> bool:
+    """Raise the soft limit of open files; return False if the hard limit is reached."""
+    if resource is None:
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return False
+    wanted = 4 * soft if hard == resource.RLIM_INFINITY else min(4 * soft, hard)
+    if wanted <= soft:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return True
+    return False
 
 
 class ShardedCheckpoint:

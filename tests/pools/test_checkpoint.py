@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -321,6 +323,43 @@ class TestHub:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(PoolError, match="does not exist: there is no such file or folder"):
             open_checkpoint(name)
+
+
+class TestManyFiles:
+    """More files than the soft limit of open files allows."""
+
+    CODE = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        import numpy as np
+        from mergesolve.pools import Pool
+
+        folder, hard = Path(sys.argv[1]), int(sys.argv[2])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        experts = {f"e{i}": folder / f"e{i}.safetensors" for i in range(120)}
+        pool = Pool.open(base=folder / "base.safetensors", experts=experts, backend="streaming")
+        try:
+            print(np.allclose(pool.gram(pool.blocks("model")).diagonal(0, 1, 2)[0], 3.0))
+            print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        except OSError as error:
+            print(error)
+        """
+    )
+
+    def outcome(self, folder, hard):
+        save_file({"w": torch.zeros(3)}, folder / "base.safetensors")
+        for i in range(120):
+            save_file({"w": torch.ones(3)}, folder / f"e{i}.safetensors")
+        command = [sys.executable, "-c", self.CODE, str(folder), str(hard)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+
+    def test_the_soft_limit_is_raised_as_far_as_needed(self, tmp_path):
+        assert self.outcome(tmp_path, 1000)[:2] == ["True", "256"]
+
+    def test_beyond_the_hard_limit_the_error_says_what_to_do(self, tmp_path):
+        (message, *_) = self.outcome(tmp_path, 100)
+        assert re.search(r"e\d+\.safetensors cannot be opened: the limit of open files", message)
 
 
 def test_opening_reads_headers_only(tmp_path):
