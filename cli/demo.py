@@ -38,17 +38,18 @@ METHODS: dict[str, Method] = {
     "task-arithmetic": Method("task arithmetic 0.3", "task-arithmetic", "none", LABELLED),
     "task-arithmetic-scan": Method("task arithmetic, λ scanned", "task-arithmetic-scan", "{labels} labels", LABELLED),
     "adamerging": Method(
-        "AdaMerging, layer-wise",
+        "AdaMerging from 0.3", "adamerging", "test images, no labels (transductive)", {"split": "test"}
+    ),
+    "adamerging-average": Method(
+        "AdaMerging from 1/n",
         "adamerging",
         "test images, no labels (transductive)",
-        {"split": "test", "max_iter": 200},
+        {"split": "test", "start": "average"},
     ),
     "projected-gradient": Method("projected gradient (control)", "projected-gradient", "{labels} labels", LABELLED),
     "fw-hard": Method("Frank-Wolfe, hard", "fw-hard", "{labels} labels", LABELLED),
     "fw-soft": Method("Frank-Wolfe, soft", "fw-soft", "{labels} labels", LABELLED),
-    "row-distillation": Method(
-        "rows × distillation", "row-distillation", "training images, no labels", {"max_iter": 300}
-    ),
+    "row-distillation": Method("rows × distillation", "row-distillation", "training images, no labels"),
 }
 
 

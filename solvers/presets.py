@@ -60,13 +60,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_iter": 10,
     },
     "fw-soft": {
-        "summary": "FW-Merging, soft: each task's best expert, layer-wise weights, from the base (Chen et al. 2025)",
+        "summary": "FW-Merging, soft: each task's best expert, a weight a tensor, from the base (Chen et al. 2025)",
         "objective": {"name": "cross-entropy"},
-        "blocks": "layer",
+        "blocks": "tensor",
         "domain": "capped",
-        "solver": {"name": "soft-frank-wolfe", "oracle": "task-wise"},
+        "solver": {"name": "soft-frank-wolfe", "oracle": "task-wise", "inner_iterations": 20},
         "start": "base",
-        "max_iter": 15,
+        "max_iter": 4,
     },
     "fw-hard-released": {
         "summary": "FW-Merging, hard, as its published code runs: raw-cosine oracle, fixed schedule",

@@ -59,8 +59,8 @@ class LineSearch(StepRule):
     Never worse than staying: returns 0 if no trial is below f(Λ).
     """
 
-    evaluations: int = 20
-    xtol: float = 1e-6
+    evaluations: int = 10
+    xtol: float = 1e-4
     source: ClassVar[str] = "FW-Merging, eq. 3; Brent (1973)"
 
     def __post_init__(self) -> None:
