@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import SAFETENSORS_DTYPES, TensorInfo
+from .checkpoint import INDEX_FILES, SAFETENSORS_DTYPES, SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, TensorInfo
 from .errors import PoolError
 from .memory import readable
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -53,7 +56,8 @@ def write_checkpoint(
 ) -> list[Path]:
     """Write one file if `path` ends in .safetensors, else a folder, in shards of at most `max_shard_size` bytes.
 
-    Configuration and tokenizer files of the folder `companions` are copied along. Returns the files with weights (and
+    Configuration and tokenizer files of the folder `companions` are copied along. A model that the folder holds is
+    replaced: until the last moment it, and from then on the new one, is what the folder is read as. Returns the files with weights (and
     the index). Raises OSError if the place cannot be written or has no room.
     """
     total = sum(info.nbytes for info in tensors.values())
@@ -69,35 +73,58 @@ def write_checkpoint(
     shards = shard(tensors, max_shard_size)
     existed = path.exists()
     _make_room(path, total)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+    earlier = _earlier_model(path)
+    names = [SINGLE] if len(shards) == 1 else _shard_names(path, len(shards))
     try:
         with contextlib.ExitStack() as stack:
-            # All files are complete under temporary names before the first takes its own.
-            for name, part in zip(names, shards, strict=True):
-                place = stack.enter_context(temporary(path / name))
-                write_safetensors(place, {key: tensors[key] for key in part}, read, metadata)
+            # All files are complete under temporary names before the first takes its own. Names are taken in the
+            # reverse of this order: shards, then the index (or the single file), then what lies beside the weights.
             for companion in _companions(companions, path):
                 place = stack.enter_context(temporary(path / companion.name))
                 shutil.copyfile(companion, place)
             if len(shards) > 1:
-                names.append(INDEX)
                 place = stack.enter_context(temporary(path / INDEX))
-                weight_map = {key: name for name, part in zip(names, shards, strict=False) for key in part}
+                weight_map = {key: name for name, part in zip(names, shards, strict=True) for key in part}
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 place.write_text(json.dumps(index, indent=1), encoding="utf-8")
+            for name, part in zip(names, shards, strict=True):
+                place = stack.enter_context(temporary(path / name))
+                write_safetensors(place, {key: tensors[key] for key in part}, read, metadata)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-    for stale in (SINGLE, INDEX):
-        if stale not in names:
-            (path / stale).unlink(missing_ok=True)
+    if len(shards) > 1:
+        names.append(INDEX)
+    for name in earlier:
+        if name not in names:
+            (path / name).unlink(missing_ok=True)
+    _sync_folder(path)
     return [path / name for name in names]
+
+
+def _shard_names(folder: Path, count: int) -> list[str]:
+    """Return names for the shards that no file has: those of a model that is replaced stay until the index changes."""
+    for stem in itertools.chain(["model"], (f"model.{k}" for k in itertools.count(1))):
+        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if not any((folder / name).exists() for name in names):
+            break
+    return names
+
+
+def _earlier_model(folder: Path) -> list[str]:
+    """Return the files of a sharded model or model.safetensors in a folder: indexes first, as they decide what is read.
+
+    Files of other names are left alone: they are not read beside model.safetensors or an index.
+    """
+    indexes = [name for name in INDEX_FILES if (folder / name).is_file()]
+    files = {path.name for path in folder.glob("model*") if path.name == SINGLE or SHARD.fullmatch(path.name)}
+    for name in indexes:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # not an index after all
+            shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+            files |= {shard for shard in shards if Path(shard).name == shard and shard.endswith(SUFFIXES)}
+    return indexes + sorted(files)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, TensorInfo], read: Read, metadata: Mapping[str, str]) -> None:
