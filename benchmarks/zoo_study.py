@@ -32,6 +32,7 @@ POOL: dict[str, tuple[str, dict[str, Any]]] = {
     "task arithmetic, scanned on labels": ("task-arithmetic-scan", LABELS),
     "AdaMerging from 0.3 (transductive)": ("adamerging", {"split": "test"}),
     "AdaMerging from 1/n (transductive)": ("adamerging", {"split": "test", "start": "average"}),
+    "AdaMerging from 1/n (the labelled images)": ("adamerging", {**LABELS, "start": "average"}),
     "projected gradient, layers": ("projected-gradient", LABELS),
     "projected gradient, tensors": ("projected-gradient", {**LABELS, "blocks": "tensor"}),
     "Adam on labels, tensors, free": (
@@ -39,6 +40,7 @@ POOL: dict[str, tuple[str, dict[str, Any]]] = {
         {**LABELS, "blocks": "tensor", "domain": "free", "solver": {"name": "adaptive", "lr": 0.01}, "max_iter": 150},
     ),
     "FW hard": ("fw-hard", LABELS),
+    "FW hard, tensors": ("fw-hard", {**LABELS, "blocks": "tensor"}),
     "FW hard as released": ("fw-hard-released", LABELS),
     "FW soft": ("fw-soft", LABELS),
     "rows x distillation, capped": ("row-distillation-simplex", {}),
@@ -97,18 +99,18 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     return list(names)[:: max(1, len(names) // count)][:count]
 
 
-def study_pool(zoo: Zoo, seed: int) -> list[Row]:
+def study_pool(zoo: Zoo, methods: Sequence[str], seed: int) -> list[Row]:
     """Every method on the whole pool, 4 evaluation tasks."""
     tasks = spread(zoo.tasks, 4)
-    return [report(run(zoo, name, list(zoo.task_experts), tasks, seed)) for name in POOL]
+    return [report(run(zoo, name, list(zoo.task_experts), tasks, seed)) for name in methods or POOL]
 
 
-def study_distillation(zoo: Zoo, seed: int) -> list[Row]:
+def study_distillation(zoo: Zoo, methods: Sequence[str], seed: int) -> list[Row]:
     """8 tasks and their 8 experts; the share of the gap between zero-shot and experts that each method closes."""
     tasks = spread(zoo.tasks, 8)
     zero, own = references(zoo, tasks)
     rows = []
-    for name in DISTILLATION:
+    for name in methods or DISTILLATION:
         row = run(zoo, name, tasks, tasks, seed)
         row["share of the gap"] = 100 * (row["mean"] - zero) / (own - zero)
         rows.append(report(row))
@@ -116,12 +118,12 @@ def study_distillation(zoo: Zoo, seed: int) -> list[Row]:
     return rows
 
 
-def study_irrelevant(zoo: Zoo, seed: int) -> list[Row]:
+def study_irrelevant(zoo: Zoo, methods: Sequence[str], seed: int) -> list[Row]:
     """4 relevant experts, and the same with 16 irrelevant ones in the pool."""
     tasks = spread(zoo.tasks, 4)
     others = [name for name in zoo.task_experts if name not in tasks][:16]
     rows = []
-    for name in IRRELEVANT:
+    for name in methods or IRRELEVANT:
         few = run(zoo, name, tasks, tasks, seed)
         many = run(zoo, name, [*tasks, *others], tasks, seed)
         row = {"method": name, "4 experts": few["mean"], "20 experts": many["mean"]}
@@ -129,7 +131,7 @@ def study_irrelevant(zoo: Zoo, seed: int) -> list[Row]:
     return rows
 
 
-STUDIES: dict[str, Callable[[Zoo, int], list[Row]]] = {
+STUDIES: dict[str, Callable[[Zoo, Sequence[str], int], list[Row]]] = {
     "pool": study_pool,
     "distillation": study_distillation,
     "irrelevant": study_irrelevant,
@@ -159,6 +161,7 @@ def main() -> None:
     """Run the studies that are named, print markdown, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all of {', '.join(STUDIES)}")
+    parser.add_argument("--method", action="append", choices=POOL, metavar="NAME", help=f"only: {', '.join(POOL)}")
     parser.add_argument("--seed", type=int, default=0, help="decides every random choice (default 0)")
     parser.add_argument("--json", type=Path, default=Path("runs/zoo_study.json"), help="where the figures go")
     options = parser.parse_args()
@@ -169,7 +172,7 @@ def main() -> None:
     results = {}
     for name in options.studies or STUDIES:
         print(f"\n## {name}\n", flush=True)
-        results[name] = STUDIES[name](zoo, options.seed)
+        results[name] = STUDIES[name](zoo, options.method, options.seed)
         print("\n" + markdown(results[name]), flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2) + "\n")
