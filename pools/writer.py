@@ -26,7 +26,8 @@ from .memory import readable
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+SUFFIXES = SAFETENSORS_SUFFIXES + TORCH_SUFFIXES
+SHARD = re.compile(r"model(\.\d+)?-\d+-of-\d+\.safetensors")
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -57,8 +58,8 @@ def write_checkpoint(
     """Write one file if `path` ends in .safetensors, else a folder, in shards of at most `max_shard_size` bytes.
 
     Configuration and tokenizer files of the folder `companions` are copied along. A model that the folder holds is
-    replaced: until the last moment it, and from then on the new one, is what the folder is read as. Returns the files with weights (and
-    the index). Raises OSError if the place cannot be written or has no room.
+    replaced: the folder is read as the one or the other at any moment. Returns the files with weights (and the index).
+    Raises OSError if the place cannot be written or has no room.
     """
     total = sum(info.nbytes for info in tensors.values())
     if path.suffix.lower() == ".safetensors":
@@ -78,10 +79,7 @@ def write_checkpoint(
     try:
         with contextlib.ExitStack() as stack:
             # All files are complete under temporary names before the first takes its own. Names are taken in the
-            # reverse of this order: shards, then the index (or the single file), then what lies beside the weights.
-            for companion in _companions(companions, path):
-                place = stack.enter_context(temporary(path / companion.name))
-                shutil.copyfile(companion, place)
+            # reverse of this order: the index, which decides what the folder is read as, comes last.
             if len(shards) > 1:
                 place = stack.enter_context(temporary(path / INDEX))
                 weight_map = {key: name for name, part in zip(names, shards, strict=True) for key in part}
@@ -90,7 +88,14 @@ def write_checkpoint(
             for name, part in zip(names, shards, strict=True):
                 place = stack.enter_context(temporary(path / name))
                 write_safetensors(place, {key: tensors[key] for key in part}, read, metadata)
-    except BaseException:
+            for companion in _companions(companions, path):
+                place = stack.enter_context(temporary(path / companion.name))
+                shutil.copyfile(companion, place)
+    except BaseException as error:
+        if isinstance(error, OSError) and len(shards) > 1:
+            for name in names:
+                with contextlib.suppress(OSError):
+                    (path / name).unlink(missing_ok=True)
         if not existed:
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -1,5 +1,6 @@
 """materialize: what is written is what combine computes, it loads everywhere, and nothing is left half written."""
 
+import contextlib
 import errno
 import json
 import os
@@ -169,6 +170,107 @@ def test_writing_again_with_other_shards_leaves_no_stale_index(pool, blocks, coe
     pool.materialize(0 * coefficients, blocks, tmp_path / "m")
     found = Pool.open(base=tmp_path / "m", experts={"e": tmp_path / "m"}).base_weights()
     assert_same(found, pool.base_weights())
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class Disk:
+    """Renames to final names and removals of such, of which only the first few happen before the process ends."""
+
+    def __init__(self, patch, left):
+        self.left = left
+        for name in ("replace", "unlink"):
+            patch.setattr(Path, name, self.counted(getattr(Path, name), name))
+
+    def counted(self, action, name):
+        def act(path, *args, **options):
+            if self.left == 0:
+                raise Crash
+            if name == "replace" or not path.name.endswith(".partial"):
+                self.left -= 1
+            return action(path, *args, **options)
+
+        return act
+
+
+SIZES = {"one file": 5e9, "shards": 3000, "more shards": 1000}
+
+
+class TestReplacing:
+    """A folder that holds a model already is the old or the new one at any moment, and the new one alone at the end."""
+
+    @staticmethod
+    def read(folder):
+        return Pool.open(base=folder, experts={"e": folder}).base_weights()
+
+    @staticmethod
+    def same(found, wanted):
+        return all(torch.equal(found[name], value) for name, value in wanted.items())
+
+    @pytest.mark.parametrize("old", SIZES)
+    @pytest.mark.parametrize("new", SIZES)
+    def test_a_crash_at_any_rename_or_removal_leaves_one_of_both(
+        self, pool, blocks, coefficients, tmp_path, monkeypatch, old, new
+    ):
+        merged = {}
+        for factor in (0, 1):
+            pool.materialize(factor * coefficients, blocks, tmp_path / f"alone{factor}")
+            merged[factor] = self.read(tmp_path / f"alone{factor}")
+        states = []
+        for survived in range(100):
+            folder = tmp_path / f"m{survived}"
+            pool.materialize(0 * coefficients, blocks, folder, max_shard_size=SIZES[old])
+            finished = False
+            with monkeypatch.context() as patch, contextlib.suppress(Crash):
+                disk = Disk(patch, survived)
+                pool.materialize(coefficients, blocks, folder, max_shard_size=SIZES[new])
+                finished = disk.left > 0
+            found = self.read(folder)
+            states.append(self.same(found, merged[1]))
+            assert states[-1] or self.same(found, merged[0])
+            if finished:
+                break
+        assert finished
+        assert states[0] is False
+        assert states[-1] is True
+        assert states == sorted(states)
+
+    @pytest.mark.parametrize("old", SIZES)
+    @pytest.mark.parametrize("new", SIZES)
+    def test_nothing_of_the_old_model_is_left(self, pool, blocks, coefficients, tmp_path, old, new):
+        folder = tmp_path / "m"
+        pool.materialize(0 * coefficients, blocks, folder, max_shard_size=SIZES[old])
+        (folder / "notes.txt").write_text("mine")
+        (folder / "other.safetensors").write_bytes(b"mine")
+        files = pool.materialize(coefficients, blocks, folder, max_shard_size=SIZES[new])
+        assert listed(folder) == sorted([*(path.name for path in files), "notes.txt", "other.safetensors"])
+
+    def test_shards_of_another_format_go_with_their_index(self, pool, blocks, coefficients, tmp_path):
+        torch.save(draw(1), tmp_path / "pytorch_model-00001-of-00001.bin")
+        weight_map = dict.fromkeys(SHAPES, "pytorch_model-00001-of-00001.bin")
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        pool.materialize(coefficients, blocks, tmp_path)
+        assert listed(tmp_path) == ["model.safetensors"]
+
+    def test_a_failed_rename_leaves_the_old_model_and_no_new_file(
+        self, pool, blocks, coefficients, tmp_path, monkeypatch
+    ):
+        pool.materialize(0 * coefficients, blocks, tmp_path, max_shard_size=3000)
+        before = listed(tmp_path)
+        rename = Path.replace
+
+        def failing(path, target):
+            if Path(target).name.endswith("index.json"):
+                raise OSError(errno.EIO, "Input/output error")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "replace", failing)
+        with pytest.raises(OSError, match="could not be written"):
+            pool.materialize(coefficients, blocks, tmp_path, max_shard_size=3000)
+        assert listed(tmp_path) == before
+        assert self.same(self.read(tmp_path), pool.base_weights())
 
 
 class TestFailures:
