@@ -56,14 +56,14 @@ def info(zoo_data: str | None, as_json: bool) -> None:
 @click.option("--reduced", is_flag=True, help="A small zoo in less than a minute, to see that the builder works.")
 @click.option("--workers", type=click.IntRange(1), default=1, metavar="N", help="Experts fine-tuned side by side.")
 def build(out: str, reduced: bool, workers: int) -> None:
-    """Build the zoo from nothing into FOLDER: pre-train the base, fine-tune every expert. Deterministic.
+    """Build the zoo from nothing into FOLDER: pre-train the base, fine-tune every expert. Deterministic, and resumable.
 
-    The full zoo takes hours on a CPU; mergesolve ships its result, and does not need this command.
+    The full zoo takes an hour or two on a CPU; mergesolve ships its result, and does not need this command.
 
     \b
     Examples:
       mergesolve zoo build my_zoo --reduced
-      mergesolve zoo build my_zoo
+      mergesolve zoo build my_zoo --workers 2
     """
     from ..zoo import build as construct
     from .console import INTERVAL, counting, note
