@@ -24,12 +24,13 @@ from .errors import PoolError, listing, nearest
 from .operator import Matrix, Weights
 from .resident import Resident, resident_nbytes
 from .sources import Scratch, Selected, Shape, Stored, TaskVectors, Transform, Transformed
-from .spec import Spec, parse_dtype, parse_spec
+from .spec import Spec, parse_dtype, parse_patterns, parse_prefixes, parse_spec
 from .workers import Workers
 from .writer import write_checkpoint
 
 Backend = Literal["auto", "streaming", "resident"]
 BACKENDS = ("auto", "streaming", "resident")
+SAMPLE = 512  # elements
 
 
 class Models:
@@ -188,9 +189,9 @@ class Pool:
         spec = Spec(
             "memory",
             dict.fromkeys(experts, "memory"),
-            tuple(include),
-            tuple(exclude),
-            dict(rename or {}),
+            parse_patterns(include, "pool: include"),
+            parse_patterns(exclude, "pool: exclude"),
+            parse_prefixes(rename, "pool: rename"),
             parse_dtype(dtype, "pool: dtype"),
         )
         opened = {name: MemoryCheckpoint(f"state dict {name!r}", state) for name, state in experts.items()}
@@ -265,22 +266,29 @@ class Pool:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, element types and a sample of each model's bytes; the same in another folder."""
+        """SHA-256 over names, shapes, element types and a sample of each tensor; the same in another folder.
+
+        The sample is the beginning, the middle and the end of every tensor that may be merged, 2 kB each in float32.
+        """
         if self._fingerprint is None:
             digest = hashlib.sha256()
-            scratch = self._workers.scratch()
             models = {"": self._models.base, **self._models.experts}
             table = {
                 name: {key: str(info) for key, info in sorted(model.tensors.items())} for name, model in models.items()
             }
             digest.update(json.dumps([table, list(self.names), list(self._lineage)]).encode())
-            for model in models.values():
-                for key in _sample(sorted(self._models.candidates), 64):
-                    size = model.tensors[key].numel
-                    middle = size // 2
-                    piece = model.reader(key)(middle, min(middle + 256, size), scratch.raw)
-                    scratch.bytes_read += piece.nbytes
-                    digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
+
+            def sample(model: Checkpoint, scratch: Scratch) -> bytes:
+                found = hashlib.sha256()
+                for key in sorted(self._models.candidates):
+                    read = model.reader(key)
+                    for start, stop in _samples(model.tensors[key].numel):
+                        piece = read(start, stop, scratch.raw)
+                        scratch.bytes_read += piece.nbytes
+                        found.update(memoryview(piece.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                return found.digest()
+
+            self._workers.run(list(models.values()), sample, then=lambda model, found: digest.update(found))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -566,9 +574,12 @@ def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return result
 
 
-def _sample(items: Sequence[str], count: int) -> list[str]:
-    step = max(1, len(items) // count)
-    return list(items[::step])
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Return ranges at the beginning, in the middle and at the end of a tensor, or all of one that is no longer."""
+    if size <= 3 * SAMPLE:
+        return [(0, size)]
+    middle = (size - SAMPLE) // 2
+    return [(start, start + SAMPLE) for start in (0, middle, size - SAMPLE)]
 
 
 def check_device(device: str | torch.device) -> torch.device:

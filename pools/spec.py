@@ -82,9 +82,9 @@ def parse_spec(spec: str | os.PathLike[str] | Mapping[str, Any] | None, given: M
     return Spec(
         base=base,
         experts=experts,
-        include=_patterns(fields.get("include"), f"{owner}: include"),
-        exclude=_patterns(fields.get("exclude"), f"{owner}: exclude"),
-        rename=_prefixes(fields.get("rename"), f"{owner}: rename"),
+        include=parse_patterns(fields.get("include"), f"{owner}: include"),
+        exclude=parse_patterns(fields.get("exclude"), f"{owner}: exclude"),
+        rename=parse_prefixes(fields.get("rename"), f"{owner}: rename"),
         dtype=parse_dtype(fields.get("dtype"), f"{owner}: dtype"),
     )
 
@@ -184,7 +184,8 @@ def _path(value: object, folder: Path | None, owner: str) -> str:
     return str(local if isinstance(value, str) or local.exists() else local.absolute())
 
 
-def _patterns(value: object, owner: str) -> tuple[str, ...]:
+def parse_patterns(value: object, owner: str) -> tuple[str, ...]:
+    """Return regular expressions from one or a sequence of them; None stands for none."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -194,7 +195,8 @@ def _patterns(value: object, owner: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _prefixes(value: object, owner: str) -> dict[str, str]:
+def parse_prefixes(value: object, owner: str) -> dict[str, str]:
+    """Return prefixes of tensor names and what replaces them; None stands for none."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):

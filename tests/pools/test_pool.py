@@ -226,6 +226,31 @@ class TestFingerprint:
         shutil.copytree(first, tmp_path / "copy")
         assert open_files(first).fingerprint == open_files(tmp_path / "copy", backend="streaming").fingerprint
 
+    @pytest.mark.parametrize("position", [0, 511, PIECE, 2 * PIECE - 512, 2 * PIECE - 1])
+    @pytest.mark.parametrize("last", range(0, 130, 43))
+    def test_changes_with_the_beginning_middle_and_end_of_any_tensor(self, position, last):
+        """130 tensors, of which one differs in one element in one expert."""
+        base = {f"t{i}": torch.zeros(2 * PIECE if i == last else 3) for i in range(130)}
+        expert = {name: value + 1 for name, value in base.items()}
+        changed = {**expert, f"t{last}": expert[f"t{last}"].clone()}
+        changed[f"t{last}"][position] = 2
+        prints = {Pool.from_state_dicts(base, {"e": expert, "f": other}).fingerprint for other in (expert, changed)}
+        assert len(prints) == 2
+
+    def test_reads_a_few_kilobytes_a_tensor(self, tmp_path):
+        pool = open_files(stored(tmp_path), backend="streaming")
+        assert pool.fingerprint
+        assert 0 < pool.bytes_read <= (N + 1) * len(SHAPES) * 3 * 2048
+
+    def test_does_not_depend_on_the_number_of_threads(self, tmp_path):
+        stored(tmp_path)
+        prints = set()
+        for threads in (1, 3):
+            pool = open_files(tmp_path, backend="streaming")
+            pool._workers._threads = threads
+            prints.add(pool.fingerprint)
+        assert len(prints) == 1
+
     def test_changes_with_a_value_a_name_a_subset_and_a_transform(self):
         pool = Pool.from_state_dicts(BASE, EXPERTS)
         changed = {**EXPERTS, "e1": {**EXPERTS["e1"], "a.bias": EXPERTS["e1"]["a.bias"] + 1}}
@@ -312,6 +337,18 @@ class TestRefusals:
     def test_no_experts(self):
         with pytest.raises(PoolError, match="there are no experts"):
             Pool.from_state_dicts(BASE, {})
+
+    @pytest.mark.parametrize("option", ["include", "exclude"])
+    def test_patterns_are_one_or_several(self, option):
+        prints = [Pool.from_state_dicts(BASE, EXPERTS, **{option: value}).tensors for value in ("bias$", ["bias$"])]
+        assert prints[0] == prints[1]
+        assert ("a.bias" in prints[0]) == (option == "include")
+        with pytest.raises(PoolError, match=f"{option} must be a list of regular expressions; got 3"):
+            Pool.from_state_dicts(BASE, EXPERTS, **{option: 3})
+
+    def test_prefixes_to_rename_must_be_a_mapping(self):
+        with pytest.raises(PoolError, match="rename must map prefixes"):
+            Pool.from_state_dicts(BASE, EXPERTS, rename=["a."])
 
     def test_unknown_backend(self):
         with pytest.raises(PoolError, match=r"unknown backend 'stream'.* Did you mean 'streaming'"):
