@@ -133,8 +133,12 @@ class Pool:
                 f'vectors of {elements} parameters; {memory.readable(room)} are available. Use backend="streaming".'
             )
         self.backend: str = backend
-        self.memory_needed: int = needed if backend == "resident" else self._workers.nbytes
-        """Bytes that the backend allocates on its first use, beside the weights that are returned."""
+        self.memory_needed: int = needed if backend == "resident" else streaming_nbytes(self.n, self._workers)
+        """Bytes that the backend allocates, beside what it returns.
+
+        Streaming, the buffers of its threads; k > 4 gradients correlated in one pass take 4 k bytes more for each of
+        the `operator.PIECE` elements of a piece.
+        """
 
     @classmethod
     def open(
@@ -558,6 +562,11 @@ class Pool:
         if not 0 <= int(expert) < self.n:
             raise PoolError(f"pool: expert indices run from 0 to {self.n - 1}; got {expert}.")
         return int(expert)
+
+
+def streaming_nbytes(n: int, workers: Workers) -> int:
+    """Memory of the threads' buffers, with the stack of n experts that `gram` takes (or of up to 4 gradients)."""
+    return workers.nbytes + 4 * workers.threads * max(n * operator.gram_limit(workers.limit, n), 4 * workers.limit)
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

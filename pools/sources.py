@@ -21,6 +21,11 @@ Transform = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """fn(name, base [*shape], task_vectors [n, *shape]) -> task vectors [n, *shape], float32."""
 
 
+def scratch_nbytes(limit: int) -> int:
+    """Return the bytes of one worker's buffers, without `Scratch.stack`."""
+    return (8 + 8 + 4 + 4) * limit
+
+
 class Scratch:
     """One worker's reusable buffers, for pieces of up to `limit` elements, and its count of bytes read."""
 
@@ -32,6 +37,11 @@ class Scratch:
         self.sum = Buffer(4 * limit)
         self._stack = Buffer(0)
         self.bytes_read = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers as they are now."""
+        return sum(len(buffer.bytes) for buffer in (self.raw, self.base, self.delta, self.sum, self._stack))
 
     def stack(self, count: int, size: int) -> torch.Tensor:
         """Return a reusable [count, size] float32 matrix.

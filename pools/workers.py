@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from .sources import Scratch
+from .sources import Scratch, scratch_nbytes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,8 +39,8 @@ class Workers:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the buffers, at most: 6 float32 pieces a thread, and 4 where all experts are held at once."""
-        return self.threads * 4 * self.limit * (6 + 4)
+        """Memory of the buffers that every call takes; `Scratch.stack` comes on top where it is used."""
+        return self.threads * scratch_nbytes(self.limit)
 
     @property
     def bytes_read(self) -> int:
@@ -64,8 +64,19 @@ class Workers:
         """Do all items; the first error is raised after the others have stopped.
 
         `then` takes the results one at a time, in the order of the items. A thread keeps its result, which may lie in
-        its scratch buffers, until then: at most one waits on each thread.
+        its scratch buffers, until then: at most one waits on each thread. Callers on several threads take turns, as
+        they share the buffers.
         """
+        with self._lock:
+            self._run(items, work, then, serial)
+
+    def _run(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Item, Scratch], Result],
+        then: Callable[[Item, Result], None] | None,
+        serial: bool,
+    ) -> None:
         queue = deque(enumerate(items))
         turns = _Turns()
 

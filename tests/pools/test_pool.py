@@ -286,6 +286,28 @@ class TestMemory:
         source, _ = pool.engine()
         assert stated == source.stack.nbytes + source.flat_base.nbytes
 
+    @pytest.mark.parametrize("threads", [1, 3])
+    @pytest.mark.parametrize("n", [1, 4, 9])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_streaming_memory_is_stated_and_is_what_is_allocated(self, threads, n, dtype, tmp_path, monkeypatch):
+        """Tensors of several pieces, so that all threads take part and fill their buffers."""
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+        experts = {f"e{i}": {k: (v + i + 1).to(dtype) for k, v in BASE.items()} for i in range(n)}
+        pool = Pool.from_state_dicts(BASE, experts, backend="streaming")
+        stated = pool.memory_needed
+        blocks = pool.blocks("row")
+        pool.correlate([draw(1), draw(2)], blocks)
+        pool.combine(drawn(0, blocks.count, n), blocks)
+        pool.gram(blocks)
+        pool.gram(pool.blocks("model"))
+        inspect(pool)
+        allocated = sum(scratch.nbytes for scratch in pool._workers._scratch)
+        assert len(pool._workers._scratch) <= threads
+        assert allocated <= stated
+        full = stated / threads
+        assert max(scratch.nbytes for scratch in pool._workers._scratch) > full / 2
+
     def test_resident_that_does_not_fit_is_refused_with_the_numbers(self, monkeypatch):
         monkeypatch.setattr(memory, "available", lambda device: 10_000)
         with pytest.raises(PoolError, match=r'needs 5\.3 MB on cpu .* 10\.0 kB are available.*backend="streaming"'):

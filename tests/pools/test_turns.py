@@ -1,7 +1,8 @@
-"""Workers: results in the order of the items, one at a time, and errors that stop everyone."""
+"""Workers: results in the order of the items, one at a time, errors that stop everyone, callers that take turns."""
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mergesolve.pools.workers import Workers
@@ -39,3 +40,17 @@ def test_an_error_reaches_the_caller_and_releases_those_who_wait(threads, where)
     with pytest.raises(OSError, match="disk"):
         Workers(64, threads).run(range(50), work, then=then)
     assert taken == list(range(7))
+
+
+def test_callers_on_several_threads_do_not_share_buffers():
+    workers, spoilt = Workers(64, 2), []
+
+    def work(item, scratch):
+        mine = scratch.sum.floats(64).fill_(item)
+        time.sleep(0.001)
+        spoilt.append(not bool((mine == item).all()))
+
+    with ThreadPoolExecutor(3) as executor:
+        list(executor.map(lambda k: workers.run(range(100 * k, 100 * k + 20), work), range(3)))
+    assert len(spoilt) == 60
+    assert not any(spoilt)
