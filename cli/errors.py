@@ -67,12 +67,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         first = str(error).split(". ")[0]
         return (
             f"out of GPU memory ({first}). Keep the experts on disk with --backend streaming, take fewer samples at a "
-            "time with --microbatch, or run on --device cpu.",
+            "time with --set objective.microbatch=N, or run on --device cpu.",
             FAILED,
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return (
-            "out of memory. Keep the experts on disk with --backend streaming, or use a smaller --microbatch.",
+            "out of memory. Keep the experts on disk with --backend streaming, or take fewer samples at a time with "
+            "--set objective.microbatch=N.",
             FAILED,
         )
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):

@@ -38,8 +38,8 @@ def command(models: tuple[str, ...], recipe_file: str | None, markdown: bool, as
     from ..reports.tables import AccuracyRow, AccuracyTable
     from .console import counting, print_json, show
     from .recipe import Recipe, TaskPart
-    from .running import RECIPE, load_outcome
-    from .setup import Setup, load_weights, merged_weights
+    from .running import RECIPE, check_pool, load_outcome
+    from .setup import Setup, merged_weights, model_weights
 
     recipe: Recipe = recipe_from(flags, recipe_file, test=True)
     runs = [name for name in models if (Path(name) / RECIPE).is_file()]
@@ -63,11 +63,12 @@ def command(models: tuple[str, ...], recipe_file: str | None, markdown: bool, as
     for name in models:
         began = time.monotonic()
         if name in outcomes:
+            check_pool(outcomes[name])
             weights = merged_weights(outcomes[name].setup, outcomes[name].result)
         elif recipe.zoo and name in ("base", *setup.zoo.experts):
-            weights = load_weights(setup.zoo.base if name == "base" else setup.zoo.experts[name])
+            weights = model_weights(setup.zoo.base if name == "base" else setup.zoo.experts[name], setup.model)
         else:
-            weights = load_weights(name)
+            weights = model_weights(name, setup.model)
         with counting(name, quiet=as_json) as progress:
             scores = evaluate(setup.model, weights, tests, progress=progress)
         rows.append(AccuracyRow(name, dict(scores), seconds=time.monotonic() - began))

@@ -31,17 +31,12 @@ def command(run: str, out: str, dtype: str | None, as_json: bool) -> None:
       mergesolve materialize runs/fw-soft --out merged_folder/ --dtype bfloat16
     """
     from .console import note, print_json
-    from .names import UsageProblem
-    from .running import Outcome, load_outcome, materialize
+    from .running import Outcome, check_pool, load_outcome, materialize
 
     if dtype is not None:
         choose("dtype", dtype, DTYPES)
     outcome: Outcome = load_outcome(Path(run))
-    if outcome.setup.pool.fingerprint != outcome.result.fingerprint:
-        raise UsageProblem(
-            f"run '{run}': the checkpoints of its pool have changed since it was solved, so its coefficients do not "
-            "belong to them. Restore the files, or solve again."
-        )
+    check_pool(outcome)
     written: list[Any] = materialize(outcome, Path(out), dtype)
     if as_json:
         print_json({"run": run, "written": [str(path) for path in written]})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -87,7 +88,7 @@ class TaskPart:
     classes: names, or for a folder a mapping of subfolders to names or a file of names; config, image, label: the
     configuration and the columns of a hub data set.
     limit: at most so many samples, class-balanced, drawn from `seed`. teacher: the expert that distillation listens to
-    (the one named like the task unless told). weight: the task's share of the objective.
+    (the one named like the task unless told). weight: relative to the other tasks (weights are divided by their sum).
     """
 
     name: str
@@ -144,6 +145,13 @@ class Recipe:
         for name in names:
             if names.count(name) > 1:
                 raise UsageProblem(f"recipe: the task '{name}' is named twice. Give each task its own name.")
+        for task in self.tasks:
+            if not (math.isfinite(task.weight) and task.weight >= 0):
+                raise UsageProblem(
+                    f"recipe: task '{task.name}': the weight must be finite and not negative; found {task.weight}."
+                )
+        if self.tasks and not any(task.weight for task in self.tasks):
+            raise UsageProblem("recipe: the weights of all tasks are 0. Give one of them a positive weight.")
 
     @property
     def objectives(self) -> tuple[Choice, ...]:
@@ -219,6 +227,8 @@ def assign(fields: dict[str, Any], path: str, value: Any) -> None:
         if isinstance(step, (list, tuple)):
             raise UsageProblem(f"--set '{path}': '{part}' is a list here; change it in the recipe file.")
         default = getattr(Recipe(), part, None)
+        if step is None and depth == 1 and parents[0] == "solver" and last != "name":
+            step = _default_option(at.get("name"), part)
         if step is None and depth == 0 and isinstance(default, Choice):
             step = default.name
         if isinstance(step, str):
@@ -228,6 +238,13 @@ def assign(fields: dict[str, Any], path: str, value: Any) -> None:
         at[part] = dict(step)
         at = at[part]
     at[last] = value
+
+
+def _default_option(solver: object, option: str) -> Any:
+    """What an option of a solver is unless told, with its own options; None if there is no such option."""
+    from ..solvers import SOLVERS, make_solver
+
+    return make_solver(solver).describe().get(option) if solver in SOLVERS else None
 
 
 class _Loader(yaml.SafeLoader):
@@ -289,6 +306,9 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
             fields["pool"]["experts"] = {name: place(path) for name, path in experts.items()}
         elif isinstance(experts, (list, tuple)):
             fields["pool"]["experts"] = [place(path) for path in experts]
+    form, _, folder_of_run = str(fields.get("start", "")).partition(":")
+    if form == "run":
+        fields["start"] = f"run:{place(folder_of_run)}"
     if isinstance(fields.get("zoo"), str):
         fields["zoo"] = place(fields["zoo"])
     model = fields.get("model")

@@ -145,6 +145,15 @@ def _blame_checkpoints(setup: Setup) -> None:
         raise UsageProblem(" ".join(flags))
 
 
+def check_pool(outcome: Outcome) -> None:
+    """Raise UsageProblem unless the pool of a run is the one that it was solved with."""
+    if outcome.setup.pool.fingerprint != outcome.result.fingerprint:
+        raise UsageProblem(
+            f"run '{outcome.folder}': the checkpoints of its pool have changed since it was solved, so its "
+            "coefficients do not belong to them. Restore the files, or solve again."
+        )
+
+
 def load_outcome(folder: Path) -> Outcome:
     """A finished run as `execute` would return it, its pool not yet opened."""
     from ..solvers import Result

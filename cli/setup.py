@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,34 +101,22 @@ class Setup:
             )
         from ..objectives import CLIP
 
-        weights = part.weights
-        if weights is None and self.recipe.pool.base is not None and Path(self.recipe.pool.base).is_file():
-            weights = self.recipe.pool.base
+        weights: Any = part.weights if part.weights is not None else self.recipe.pool.base
+        if weights is not None and not Path(weights).expanduser().is_file():
+            weights = load_weights(weights)  # a folder, maybe of shards, or a Hub id
         return CLIP(part.architecture, weights=weights, device=self.recipe.pool.device, precision=part.precision)
 
     def _module(self, spec: str) -> Any:
-        import torch
+        from .module import OwnModel, load_module, told
 
-        from ..objectives import ModuleModel
-
-        file, _, function = spec.rpartition(":")
-        if not file:
-            raise UsageProblem(f"model: module '{spec}': expected FILE.py:FUNCTION.")
-        loader = importlib.util.spec_from_file_location(Path(file).stem, file)
-        if loader is None or loader.loader is None or not Path(file).is_file():
-            raise UsageProblem(f"model: module '{spec}': there is no Python file '{file}'.")
-        code = importlib.util.module_from_spec(loader)
-        loader.loader.exec_module(code)
-        if not hasattr(code, function):
-            names = [name for name, value in vars(code).items() if callable(value) and not name.startswith("_")]
-            raise unknown("function", function, names, where=f"model: module '{file}'")
-        module = getattr(code, function)()
-        if not isinstance(module, torch.nn.Module):
-            raise UsageProblem(f"model: module '{spec}' returned {type(module).__name__}, expected a torch.nn.Module.")
+        module = load_module(spec)
         if self.recipe.pool.base is not None:
             # Tensors that all models share are not merged: they must be the base's, not the constructor's.
-            module.load_state_dict(self.pool.base_weights(), strict=False)
-        return ModuleModel(module.to(self.recipe.pool.device))
+            try:
+                module.load_state_dict(self.pool.base_weights(), strict=False)
+            except RuntimeError as error:
+                raise UsageProblem(f"model: the base does not fit the module of '{spec}': {told(error)}") from error
+        return OwnModel(module.to(self.recipe.pool.device))
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -218,7 +206,7 @@ class Setup:
     def _teacher(self, part: TaskPart) -> Callable[[], Any]:
         name = part.teacher or part.name
         if name == "base":
-            return self.pool.base_weights
+            return lambda: merged_base(self.pool)
         if name not in self.pool.names:
             where = f"task '{part.name}'"
             raise UsageProblem(
@@ -238,8 +226,7 @@ class Setup:
     def blocks(self) -> Blocks:
         """The rows of Λ."""
         kind = self.recipe.blocks
-        if isinstance(kind, str):
-            choose("block kind", kind, BLOCK_KINDS)
+        check_blocks(kind)
         return self.pool.blocks(kind if isinstance(kind, str) else list(kind))
 
     @cached_property
@@ -263,14 +250,20 @@ class Setup:
 
         self.solver  # noqa: B018 (made for its errors)
         choose("domain", self.recipe.domain.name, DOMAINS)
+        check_domain_options(self.recipe.domain)
         for choice in self.recipe.objectives:
             check_objective(choice)
-        if isinstance(self.recipe.blocks, str):
-            choose("block kind", self.recipe.blocks, BLOCK_KINDS)
+        if len(self.recipe.objectives) == 1 and "weight" in self.recipe.objectives[0].options:
+            raise UsageProblem(
+                f"objective '{self.recipe.objectives[0].name}': a 'weight' is relative to other objectives, and there "
+                "is only one. Leave it out, or give a list of objectives."
+            )
+        check_blocks(self.recipe.blocks)
 
     def resolved(self) -> Recipe:
         """The recipe with every default filled in and every path absolute."""
         recipe = self.recipe
+        form, _, argument = recipe.start.partition(":")
         objectives = tuple(self._filled(choice) for choice in recipe.objectives)
         return replace(
             recipe,
@@ -292,6 +285,7 @@ class Setup:
             objective=objectives[0] if len(objectives) == 1 else objectives,
             domain=Choice.read(self.problem.domain.describe(), "domain"),
             solver=Choice.read(self.solver.describe(), "solver"),
+            start=f"run:{_absolute(argument)}" if form == "run" else recipe.start,
         )
 
     def _filled(self, choice: Choice) -> Choice:
@@ -323,6 +317,26 @@ class Setup:
 BLOCK_KINDS = ("model", "layer", "tensor", "row")
 
 
+def check_blocks(kind: str | tuple[str, ...]) -> None:
+    """Refuse a word that is no kind of blocks."""
+    if isinstance(kind, str) and kind not in BLOCK_KINDS:
+        raise UsageProblem(
+            f"{unknown('block kind', kind, BLOCK_KINDS)} If a pattern is meant, write it so that it is no plain word: "
+            f"--blocks '({kind})'."
+        )
+
+
+def check_domain_options(domain: Choice) -> None:
+    """Refuse options of a domain that has none."""
+    from ..solvers import DOMAINS
+
+    if domain.options and not dataclasses.fields(DOMAINS[domain.name]):  # type: ignore[arg-type]
+        option = next(iter(domain.options))
+        others = [n for n, cls in DOMAINS.items() if option in {f.name for f in dataclasses.fields(cls)}]  # type: ignore[arg-type]
+        remedy = f"Domains that have it: {', '.join(others)}." if others else "Leave it out."
+        raise UsageProblem(f"the domain '{domain.name}' has no options; found '{option}'. {remedy}")
+
+
 def objective_class(choice: Choice) -> Any:
     """The class behind an objective's name."""
     from ..objectives.registry import OBJECTIVES
@@ -340,6 +354,14 @@ def check_objective(choice: Choice) -> None:
     for option in choice.options:
         if option not in known and option != "weight":
             raise unknown(f"option of the objective '{choice.name}':", option, known)
+
+
+def merged_base(pool: Pool) -> dict[str, Any]:
+    """The merged tensors of the base, θ0."""
+    import numpy as np
+
+    weights: dict[str, Any] = pool.combine(np.zeros((1, pool.n)), pool.blocks("model"))
+    return weights
 
 
 def one_expert(pool: Pool, name: str) -> dict[str, Any]:
@@ -364,6 +386,28 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     # Nothing is merged here: the checkpoint stands for base and expert, and only the base is read.
     weights = Pool.open(base=str(path), experts={"itself": str(path)}, backend="streaming").base_weights()
     return {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+
+
+def model_weights(path: str | Path, model: Any) -> dict[str, Any]:
+    """Those tensors of a checkpoint that the model has, in its names: of a whole CLIP, the visual tower.
+
+    Raises UsageProblem if the checkpoint lacks parameters of the model.
+    """
+    weights = load_weights(path)
+    parameters = set(model.parameter_names)
+    if not parameters & weights.keys() or any(f"visual.{name}" in weights for name in parameters):
+        # In a whole CLIP, names without the prefix are the text tower's, some of them equal to the visual tower's.
+        weights = {n.removeprefix("visual."): tensor for n, tensor in weights.items() if n.startswith("visual.")}
+    missing = [name for name in model.parameter_names if name not in weights]
+    if missing:
+        raise UsageProblem(
+            f"'{path}' lacks {len(missing)} of the {len(parameters)} parameters of the model, '{missing[0]}' among "
+            "them. It is a checkpoint of another model, or its tensors have other names."
+        )
+    if weights.keys() - parameters:  # buffers, and what the model has no use for
+        known = model.base_weights()
+        weights = {name: tensor for name, tensor in weights.items() if name in known}
+    return weights
 
 
 def merged_weights(setup: Setup, result: Result) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
             limits["max_iter"] = None  # refused below
         if limits.get("max_iter", plan.max_iter) != plan.max_iter and make_solver(plan.solver.plain()).scheduled:
             raise UsageProblem(
-                f"run '{resume}': the steps of '{plan.solver.name}' follow a schedule over max_iter={plan.max_iter}, so "
-                f"a resumed run keeps it. For more iterations start a new run from this one: --start run:{resume}"
+                f"run '{resume}': the steps of '{plan.solver.name}' follow a schedule over max_iter={plan.max_iter}, "
+                f"so a resumed run keeps it. For more iterations start a new run from this one: --start run:{resume}"
             )
         plan = replace(plan, **limits)
     else:

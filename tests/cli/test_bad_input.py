@@ -131,10 +131,12 @@ WRONG_FLAGS = {
     "option out of range": (["--solver", "adaptive", "--set", "solver.lr=-1"], ["lr", "-1"]),
     "domain": (["--domain", "simplx"], ["unknown domain 'simplx'. Did you mean 'simplex'?", "capped"]),
     "domain option": (["--domain", "box", "--set", "domain.uper=2"], ["uper", "upper"]),
+    "option of a domain without": (["--domain", "simplex", "--set", "domain.upper=3"], ["no options", "upper", "box"]),
     "objective": (["--objective", "crossentropy"], ["unknown objective", "'cross-entropy'?", "distillation"]),
     "objective option": (["--set", "objective.batchsize=3"], ["batchsize", "batch_size"]),
     "objective option out of range": (["--set", "objective.batch_size=0"], ["batch_size", "0"]),
     "blocks": (["--blocks", "layr"], ["unknown block kind 'layr'. Did you mean 'layer'?", "tensor"]),
+    "blocks by a word": (["--blocks", "weight"], ["unknown block kind 'weight'", "--blocks '(weight)'"]),
     "preset": (["--preset", "fw-sof"], ["unknown preset 'fw-sof'. Did you mean 'fw-soft'?", "adamerging"]),
     "backend": (["--backend", "stream"], ["unknown backend 'stream'. Did you mean 'streaming'?", "resident"]),
     "field": (["--set", "max_itr=3"], ["unknown field 'max_itr'. Did you mean 'max_iter'?"]),
@@ -238,4 +240,4 @@ def test_out_of_gpu_memory_names_backend_and_batch(tiny, run, monkeypatch):
 
     monkeypatch.setattr("mergesolve.solvers.solve", full)
     result = run("solve", tiny / "recipe.yaml", "--run", "r")
-    refused(result, "--backend streaming", "--microbatch", code=1)
+    refused(result, "--backend streaming", "--set objective.microbatch=N", code=1)

@@ -104,6 +104,9 @@ def test_materialize_refuses_a_pool_that_has_changed(solved, tiny, run, tmp_path
     assert result.exit_code == 2
     assert "have changed since it was solved" in result.stderr
     assert not Path("other.safetensors").exists()
+    result = run("evaluate", "r")
+    assert result.exit_code == 2
+    assert "have changed since it was solved" in result.stderr
 
 
 # plot

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
 import string
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mergesolve.cli.names import UsageProblem
-from mergesolve.cli.recipe import Choice, Recipe, TaskPart, assign, from_mapping, merge, plain, read_yaml, to_yaml
-from mergesolve.solvers import PRESETS
+from mergesolve.cli.recipe import (
+    Choice,
+    Recipe,
+    TaskPart,
+    assign,
+    from_mapping,
+    merge,
+    plain,
+    read_yaml,
+    relative_to,
+    to_yaml,
+)
+from mergesolve.solvers import PRESETS, STEP_RULES, make_solver
 
 names = st.text(string.ascii_lowercase + string.digits + "-_", min_size=1, max_size=8)
 texts = st.text(string.printable.strip(), min_size=1, max_size=12).map(str.strip).filter(bool)
@@ -147,3 +159,26 @@ def test_a_missing_file_is_named(tmp_path):
 def test_every_field_of_a_recipe_has_a_default():
     assert Recipe() == from_mapping({}, {})
     assert {f.name for f in fields(Recipe)} >= {"pool", "model", "tasks", "objective", "blocks", "domain", "solver"}
+
+
+def test_an_option_of_a_default_takes_its_name():
+    fields_ = {}
+    assign(fields_, "solver.step_rule.evaluations", 4)
+    rule = make_solver(fields_["solver"]).step_rule
+    assert type(rule) is STEP_RULES["line-search"]
+    assert rule.evaluations == 4
+
+
+def test_an_option_of_a_default_that_is_no_name_keeps_the_others():
+    fields_ = {"solver": "released-frank-wolfe"}
+    default = make_solver("released-frank-wolfe").step_rule
+    assign(fields_, "solver.step_rule.offset", 7)
+    assert make_solver(fields_["solver"]).step_rule == replace(default, offset=7)
+
+
+def test_a_start_is_relative_to_the_recipe_file(tmp_path, monkeypatch):
+    (tmp_path / "here" / "old").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert relative_to({"start": "run:old"}, Path("here"))["start"] == "run:here/old"
+    assert relative_to({"start": "run:elsewhere"}, Path("here"))["start"] == "run:elsewhere"
+    assert relative_to({"start": "expert:old"}, Path("here"))["start"] == "expert:old"

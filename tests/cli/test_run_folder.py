@@ -101,3 +101,25 @@ def test_a_scheduled_run_goes_on_as_a_new_run(tiny, run):
         assert "schedule over max_iter=2" in refused.stderr
         assert "--start run:r" in refused.stderr
     assert contents("r") == before
+
+
+def test_a_run_that_started_from_another_resumes_from_anywhere(solved, tiny, run, monkeypatch):
+    shutil.copytree(solved, "first")
+    begun = run("solve", tiny / "recipe.yaml", "--run", "second", "--start", "run:first", *FEW)
+    assert begun.exit_code == 0, begun.stderr
+    start = yaml.safe_load(Path("second/recipe.yaml").read_text())["start"]
+    assert start == f"run:{Path('first').absolute()}"
+    second = Path("second").absolute()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    resumed = run("solve", "--resume", second, *FEW, "--max-iter", 3)
+    assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_a_solve_takes_a_pattern_that_is_a_plain_word(tiny, run):
+    blocks = ("--blocks", "(weight)", "--blocks", "(bias)")
+    result = run("solve", tiny / "recipe.yaml", "--run", "r", *blocks, *FEW)
+    assert result.exit_code == 0, result.stderr
+    pair = run("solve", tiny / "recipe.yaml", "--run", "one", "--blocks", "(weight|bias)", *FEW)
+    assert pair.exit_code == 0, pair.stderr
+    assert yaml.safe_load(Path("one/recipe.yaml").read_text())["blocks"] == ["(weight|bias)"]
