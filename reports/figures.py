@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -591,7 +592,9 @@ def applies(name: str, runs: Sequence[Run]) -> bool:
 def save_figure(draw: Callable[[], Figure], stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Draw under this package's style and write `stem.png`, `stem.svg`: same input, same bytes; never half a file."""
     written = []
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        # Names may be in any script; matplotlib warns of each character that its font lacks, and draws a box for it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
         figure = draw()

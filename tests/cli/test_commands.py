@@ -112,6 +112,17 @@ def test_materialize_refuses_a_pool_that_has_changed(solved, tiny, run, tmp_path
 # plot
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_are_drawn_without_warnings(solved, run):
+    shutil.copytree(solved, "r", ignore=shutil.ignore_patterns("figures"))
+    for name in ("trace.jsonl", "result.json"):
+        path = Path("r") / name
+        path.write_text(path.read_text().replace('"red"', '"\\u732b"').replace('"blue"', '"\\u0928\\u0940"'))
+    result = run("plot", "r", "--format", "png")
+    assert result.exit_code == 0, result.stderr
+    assert "Glyph" not in result.stderr
+
+
 def test_plot_of_one_run_goes_into_its_folder(solved, run):
     shutil.copytree(solved, "r", ignore=shutil.ignore_patterns("figures"))
     result = run("plot", "r", "--format", "svg", "--json")
