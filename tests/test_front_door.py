@@ -22,12 +22,7 @@ from mergesolve.pools.spec import parse_spec
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STATUSES, STEP_RULES, FunctionProblem, solve
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "benchmarks/README.md",
-]
+PAGES = sorted(page for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "zoo/*.md") for page in ROOT.glob(pattern))
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 
 
