@@ -99,9 +99,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def solved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the tiny pool, with merged checkpoint and figures; not to be written to."""
     folder = tmp_path_factory.mktemp("solved") / "run"
-    result = CliRunner().invoke(
-        main, ["solve", str(tiny / "recipe.yaml"), "--preset", "fw-soft", "--max-iter", "4", "--run", str(folder)]
-    )
+    flags = ["--preset", "fw-soft", "--blocks", "layer", "--max-iter", "4", "--run", str(folder)]
+    result = CliRunner().invoke(main, ["solve", str(tiny / "recipe.yaml"), *flags])
     assert result.exit_code == 0, result.output
     return folder
 

@@ -69,9 +69,9 @@ def test_the_recipe_that_was_written_has_all_defaults_and_no_relative_path(solve
     assert Path(recipe.pool.base or "").is_absolute()
     assert recipe.model.module is not None
     assert Path(recipe.model.module.rpartition(":")[0]).is_absolute()
-    assert recipe.solver.options == {
-        k: v for k, v in mergesolve.solvers.make_solver("soft-frank-wolfe").describe().items() if k != "name"
-    }
+    written = recipe.solver.plain()
+    assert mergesolve.solvers.make_solver(written).describe() == written  # complete: nothing is left to defaults
+    assert written == written | PRESETS["fw-soft"]["solver"]
     assert recipe.objectives[0].options.keys() >= {"batch_size", "microbatch", "seed", "label_smoothing"}
     assert set(recipe.pool.experts) == {"blue", "green", "red"}
 
