@@ -41,7 +41,7 @@ POOL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "FW hard": ("fw-hard", LABELS),
     "FW hard, tensors": ("fw-hard", {**LABELS, "blocks": "tensor"}),
-    "FW hard as released": ("fw-hard-released", LABELS),
+    "FW hard as released": ("released-hard", LABELS),
     "FW soft": ("fw-soft", LABELS),
     "rows x distillation, capped": ("row-distillation-simplex", {}),
     "rows x distillation, free": ("row-distillation", {}),

@@ -68,7 +68,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start": "base",
         "max_iter": 4,
     },
-    "fw-hard-released": {
+    "paper": {
+        "summary": "FW-Merging, soft, as its paper prints it: task-wise oracle, layer-wise weights, 15 iterations",
+        "objective": {"name": "cross-entropy"},
+        "blocks": "layer",
+        "domain": "capped",
+        "solver": {"name": "soft-frank-wolfe", "oracle": "task-wise", "inner_iterations": 20},
+        "start": "base",
+        "max_iter": 15,
+    },
+    "released-hard": {
         "summary": "FW-Merging, hard, as its published code runs: raw-cosine oracle, fixed schedule",
         "objective": {"name": "cross-entropy"},
         "blocks": "model",
@@ -77,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start": "task-arithmetic:0.3",
         "max_iter": 10,
     },
-    "fw-soft-released": {
+    "released": {
         "summary": "FW-Merging, soft, as its published code runs: distinct experts, free weights by Adam",
         "objective": {"name": "cross-entropy", "batch_size": 16},
         "blocks": "tensor",

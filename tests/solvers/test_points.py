@@ -45,7 +45,7 @@ def test_presets_name_things_that_exist_and_fit(name, merge):
     preset = PRESETS[name]
     assert set(preset) == {"summary", "objective", "blocks", "domain", "solver", "start", "max_iter"}
     solver = dict(preset["solver"])
-    if "soft" in name:
+    if solver["name"].endswith("soft-frank-wolfe"):
         solver["inner_iterations"] = 2
     result = solve(
         merge(preset["blocks"], make_domain(preset["domain"])),
