@@ -20,7 +20,7 @@ TITLE = "Operators against a plain pass over the same bytes"
 TARGETS: dict[Literal["streaming", "resident"], float] = {"streaming": 0.5, "resident": 0.8}
 
 
-def run(made: Towers, n: int = 8, repeats: int = 5) -> list[Row]:
+def run(made: Towers, n: int = 8, repeats: int = 15) -> list[Row]:
     """Times both operators on both backends, by layer and by row."""
     return [row for backend in TARGETS for row in run_backend(made, backend, n, repeats)]
 
@@ -70,7 +70,7 @@ def run_backend(made: Towers, backend: Literal["streaming", "resident"], n: int,
 
 if __name__ == "__main__":
     parser = arguments(__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="timings that a median is taken of")
+    parser.add_argument("--repeats", type=int, default=15, help="timings that a median is taken of")
     options = parser.parse_args()
     with towers(options.folder, options.architecture) as made:
         print(show(TITLE, run(made, repeats=options.repeats)))
