@@ -350,7 +350,8 @@ class TestMemory:
             )
             return int(run.stdout)
 
-        assert peak(16) - peak(2) < 20e6
+        held = 14 * sum(4 * tensor.numel() for tensor in model.values())  # what keeping the other 14 would take
+        assert peak(16) - peak(2) < held / 10  # libraries alone vary by some 25 MB from one process to the next
 
 
 class TestRefusals:
