@@ -5,8 +5,20 @@ combine(Λ) = θ0 + Σ_i Λ[b,i] τ_{i,b},    correlate(G)[b,i] = ⟨G_b, τ_{i,
 
 from .blocks import KINDS, Blocks
 from .errors import PoolError
+from .fingerprint import model_fingerprint
 from .inspection import Flag, Report, inspect
 from .operator import Weights
 from .pool import BACKENDS, Pool
 
-__all__ = ["BACKENDS", "KINDS", "Blocks", "Flag", "Pool", "PoolError", "Report", "Weights", "inspect"]
+__all__ = [
+    "BACKENDS",
+    "KINDS",
+    "Blocks",
+    "Flag",
+    "Pool",
+    "PoolError",
+    "Report",
+    "Weights",
+    "inspect",
+    "model_fingerprint",
+]

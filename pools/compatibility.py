@@ -15,11 +15,11 @@ SHOWN = 40  # names a line; the rest is counted
 
 
 class RenamedCheckpoint:
-    """A checkpoint under other tensor names."""
+    """A checkpoint under other tensor names; `stored` is the checkpoint itself."""
 
     def __init__(self, checkpoint: Checkpoint, prefixes: Mapping[str, str]) -> None:
         self.label = checkpoint.label
-        self._checkpoint = checkpoint
+        self.stored = checkpoint
         self.stored_names: dict[str, str] = {}
         for stored in checkpoint.tensors:
             name = rename(stored, prefixes)
@@ -35,11 +35,11 @@ class RenamedCheckpoint:
 
     def reader(self, name: str) -> Read:
         """Read under the stored name."""
-        return self._checkpoint.reader(self.stored_names[name])
+        return self.stored.reader(self.stored_names[name])
 
     def location(self, name: str) -> str:
         """Return the file."""
-        return self._checkpoint.location(self.stored_names.get(name, name))
+        return self.stored.location(self.stored_names.get(name, name))
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, locate, model_
 from .compatibility import RenamedCheckpoint, mergeable
 from .device import DeviceStack
 from .errors import PoolError, listing, nearest
+from .fingerprint import model_fingerprint, sample_digest
 from .operator import Matrix, Weights
 from .resident import Resident, resident_nbytes
 from .sources import Scratch, Selected, Shape, Stored, TaskVectors, Transform, Transformed
@@ -30,7 +31,6 @@ from .writer import write_checkpoint
 
 Backend = Literal["auto", "streaming", "resident"]
 BACKENDS = ("auto", "streaming", "resident")
-SAMPLE = 512  # elements
 
 
 class Models:
@@ -47,6 +47,7 @@ class Models:
         self.experts = dict(experts)
         self.candidates = candidates
         self.folder = folder
+        self.fingerprints: dict[str, str] = {}  # of the experts, as they are asked for
         self._merged: dict[str, Shape] | None = None
 
     def merged(self, workers: Workers) -> dict[str, Shape]:
@@ -283,18 +284,22 @@ class Pool:
             digest.update(json.dumps([table, list(self.names), list(self._lineage)]).encode())
 
             def sample(model: Checkpoint, scratch: Scratch) -> bytes:
-                found = hashlib.sha256()
-                for key in sorted(self._models.candidates):
-                    read = model.reader(key)
-                    for start, stop in _samples(model.tensors[key].numel):
-                        piece = read(start, stop, scratch.raw)
-                        scratch.bytes_read += piece.nbytes
-                        found.update(memoryview(piece.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
-                return found.digest()
+                return sample_digest(model, sorted(self._models.candidates), scratch)
 
             self._workers.run(list(models.values()), sample, then=lambda model, found: digest.update(found))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def expert_fingerprint(self, name: str) -> str:
+        """SHA-256 of one expert's checkpoint, as `model_fingerprint` gives it; the same in every pool."""
+        if name not in self.names:
+            raise PoolError(
+                f"pool: there is no expert {name!r}; the experts are {listing(self.names, 40)}."
+                + nearest(str(name), self.names)
+            )
+        if name not in self._models.fingerprints:
+            self._models.fingerprints[name] = model_fingerprint(self._models.experts[name])
+        return self._models.fingerprints[name]
 
     def __repr__(self) -> str:
         return f"Pool({self.n} experts, backend={self.backend!r}, device={str(self.device)!r})"
@@ -581,14 +586,6 @@ def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
             "write bfloat16 or float32 (dtype)."
         )
     return result
-
-
-def _samples(size: int) -> list[tuple[int, int]]:
-    """Return ranges at the beginning, in the middle and at the end of a tensor, or all of one that is no longer."""
-    if size <= 3 * SAMPLE:
-        return [(0, size)]
-    middle = (size - SAMPLE) // 2
-    return [(start, start + SAMPLE) for start in (0, middle, size - SAMPLE)]
 
 
 def check_device(device: str | torch.device) -> torch.device:
