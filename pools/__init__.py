@@ -9,16 +9,22 @@ from .fingerprint import model_fingerprint
 from .inspection import Flag, Report, inspect
 from .operator import Weights
 from .pool import BACKENDS, Pool
+from .statistics import STATISTICS, Statistics, statistics_name, statistics_path, write_statistics
 
 __all__ = [
     "BACKENDS",
     "KINDS",
+    "STATISTICS",
     "Blocks",
     "Flag",
     "Pool",
     "PoolError",
     "Report",
+    "Statistics",
     "Weights",
     "inspect",
     "model_fingerprint",
+    "statistics_name",
+    "statistics_path",
+    "write_statistics",
 ]

@@ -53,6 +53,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 SAFETENSORS_SUFFIXES = (".safetensors",)
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+STATISTICS_SUFFIXES = (".fisher.safetensors", ".gram.safetensors")  # beside an expert, and no model themselves
 HUB_TIMEOUT = 10.0  # seconds for the Hub to answer
 
 
@@ -409,6 +410,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         if (folder / name).is_file():
             return _open_file(folder / name)
     found = [p for suffix in SAFETENSORS_SUFFIXES + TORCH_SUFFIXES for p in sorted(folder.glob(f"*{suffix}"))]
+    found = [p for p in found if not p.name.endswith(STATISTICS_SUFFIXES)]
     if len(found) == 1:
         return _open_file(found[0])
     if not found:

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from .blocks import natural
-from .checkpoint import SAFETENSORS_SUFFIXES, TORCH_SUFFIXES, WEIGHT_FILES, is_hub_id
+from .checkpoint import SAFETENSORS_SUFFIXES, STATISTICS_SUFFIXES, TORCH_SUFFIXES, WEIGHT_FILES, is_hub_id
 from .errors import PoolError, nearest
 
 FIELDS = ("base", "experts", "include", "exclude", "rename", "dtype")
@@ -108,7 +108,7 @@ def expand_experts(
 ) -> dict[str, str]:
     """Return name -> path from a mapping, or from a sequence of paths and globs, named by file stem or folder.
 
-    A glob leaves out the base, and files that are not weights.
+    A glob leaves out the base, and files that are not weights, such as statistics of the experts.
     """
     named: list[tuple[str, str]] = []
     if isinstance(experts, Mapping):
@@ -163,6 +163,7 @@ def _glob(pattern: str, base: str | None, owner: str) -> list[str]:
         path
         for path in found
         if (Path(path).is_dir() or Path(path).suffix.lower() in SAFETENSORS_SUFFIXES + TORCH_SUFFIXES)
+        and not path.endswith(STATISTICS_SUFFIXES)
         and not (base is not None and Path(base).exists() and Path(path).samefile(base))
     ]
     if not weights:
