@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from math import prod
@@ -24,13 +24,15 @@ from .errors import PoolError, listing, nearest
 from .fingerprint import model_fingerprint, sample_digest
 from .operator import Matrix, Weights
 from .resident import Resident, resident_nbytes
-from .sources import Scratch, Selected, Shape, Stored, TaskVectors, Transform, Transformed
+from .sources import Scratch, Selected, Shape, Stored, TaskVectors, Transformed, TransformFunction
 from .spec import Spec, parse_dtype, parse_patterns, parse_prefixes, parse_spec
+from .transforms.transform import Prepared, Transform
 from .workers import Workers
 from .writer import write_checkpoint
 
 Backend = Literal["auto", "streaming", "resident"]
 BACKENDS = ("auto", "streaming", "resident")
+GROUP = 1 << 24  # elements that are merged before they are written: 64 MB
 
 
 class Models:
@@ -107,7 +109,7 @@ class Pool:
         dtype: torch.dtype | None,
         backend: Backend,
         device: str | torch.device,
-        source: TaskVectors | None = None,
+        source: Callable[[Workers], TaskVectors] | None = None,
         lineage: tuple[str, ...] = (),
     ) -> None:
         if backend not in BACKENDS:
@@ -245,6 +247,30 @@ class Pool:
         return tuple(name for name in self._models.base.tensors if name not in self.tensors)
 
     @property
+    def candidates(self) -> dict[str, Shape]:
+        """Tensors that are merged unless they are identical in all models; known without reading data."""
+        return dict(self._models.candidates)
+
+    @property
+    def candidate_nbytes(self) -> int:
+        """Bytes of the candidates as stored, base and experts together; known without reading data."""
+        models = [self._models.base, *(self._models.experts[name] for name in self.names)]
+        return sum(model.tensors[name].nbytes for model in models for name in self._models.candidates)
+
+    def written_nbytes(self, dtype: str | torch.dtype | None = None) -> int:
+        """Bytes of a model that `materialize` or `write` writes, the header left out."""
+        chosen = parse_dtype(dtype, "pool: dtype") or self.dtype
+        infos = self._models.base.tensors.values()
+        return sum(
+            info.numel * (chosen if chosen is not None and info.is_float else info.dtype).itemsize for info in infos
+        )
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """Labels of the transforms that were applied, in order."""
+        return self._lineage
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the merged tensors as stored, base and experts together."""
         models = [self._models.base, *(self._models.experts[name] for name in self.names)]
@@ -309,7 +335,7 @@ class Pool:
     @cached_property
     def _source(self) -> TaskVectors:
         if self._given_source is not None:
-            return self._given_source
+            return self._given_source(self._workers)
         experts = [self._models.experts[name] for name in self.names]
         return Stored(self._models.base, experts, self.tensors)
 
@@ -409,24 +435,37 @@ class Pool:
         if not chosen or len(set(chosen)) != len(chosen):
             raise PoolError(f"pool: a subset needs at least one expert, each once; got {chosen}.")
         index = [self.names.index(name) for name in chosen]
-        return self._derived(chosen, Selected(self._upstream(), index), self._lineage)
+        return self._derived(chosen, lambda _: Selected(self._upstream(), index), self._lineage)
 
-    def transform(self, fn: Transform, label: str) -> Pool:
-        """Return a pool whose task vectors are fn(name, base [*shape], task_vectors [n, *shape]) -> [n, *shape].
+    def transform(self, fn: Transform | TransformFunction, label: str | None = None) -> Pool:
+        """Return a pool whose task vectors are transformed, lazily.
 
-        `fn` is called tensor by tensor, when the tensor is used: with the streaming backend once in every pass, so it
-        must be a pure function (seed its random numbers by name) of CPU tensors. `label` says what it does; it enters
-        the fingerprint.
+        `fn` is a transform of `TRANSFORMS`, which streams in pieces; or fn(name, base [*shape], task_vectors
+        [n, *shape]) -> [n, *shape] with a label that says what it does. The latter is called tensor by tensor, when
+        the tensor is used: with the streaming backend once in every pass, so it must be a pure function (seed its
+        random numbers by name) of CPU tensors. The label enters the fingerprint.
         """
+        if isinstance(fn, Transform):
+            made, label = fn, label or fn.label
+            return self._derived(
+                self.names,
+                lambda workers: Prepared(self._upstream(), workers, made, self.names),
+                (*self._lineage, label),
+            )
         if not isinstance(label, str) or not label:
             raise PoolError(f"pool: a transform needs a label that says what it does; got {label!r}.")
-        return self._derived(self.names, Transformed(self._upstream(), fn, label), (*self._lineage, label))
+        function, said = fn, label
+        return self._derived(
+            self.names, lambda _: Transformed(self._upstream(), function, said), (*self._lineage, label)
+        )
 
     def _upstream(self) -> TaskVectors:
         loaded: Resident | None = self.__dict__.get("_resident")
         return self._source if loaded is None else loaded
 
-    def _derived(self, names: Sequence[str], source: TaskVectors, lineage: tuple[str, ...]) -> Pool:
+    def _derived(
+        self, names: Sequence[str], source: Callable[[Workers], TaskVectors], lineage: tuple[str, ...]
+    ) -> Pool:
         return Pool(
             self._models,
             names,
@@ -477,23 +516,57 @@ class Pool:
         matrix = self._matrix(coefficients, blocks, "coefficients")
         if not np.isfinite(matrix).all():
             raise PoolError("pool: the coefficients are not all finite; a model with them could not be used.")
+        source, workers = self.engine()
+
+        def merged(names: Sequence[str]) -> Weights:
+            return operator.combine(source, workers, matrix, blocks, torch.device("cpu"), names=names)
+
+        summary = {
+            "blocks": blocks.kind,
+            "coefficients_sha256": hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest(),
+            "coefficients_mean": json.dumps([round(float(value), 9) for value in matrix.mean(axis=0)]),
+            **(metadata or {}),
+        }
+        return self.write(merged, path, dtype=dtype, max_shard_size=max_shard_size, metadata=summary)
+
+    def write(
+        self,
+        merged: Callable[[Sequence[str]], Weights],
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: float = 5e9,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Path]:
+        """Write a model to a .safetensors file or a folder, as `materialize` does, from any merged tensors.
+
+        `merged(names)` returns the float32 values of some merged tensors; it is asked for groups of at most 64 MB (or
+        one tensor), each tensor once, in order. Raises PoolError, too, for values that are not finite.
+        """
         chosen = parse_dtype(dtype, "pool: dtype") or self.dtype
         base = self._models.base
-        source, workers = self.engine()
         stored = base.stored_names
         names = {stored[name]: name for name in base.tensors}
         infos = {
             stored[name]: TensorInfo(chosen if chosen is not None and info.is_float else info.dtype, info.shape)
             for name, info in base.tensors.items()
         }
+        order = list(self.tensors)
+        ready: Weights = {}
 
         def read(stored_name: str) -> Iterator[torch.Tensor]:
             name, target = names[stored_name], infos[stored_name].dtype
             if name in self.tensors:
-                merged = operator.combine(source, workers, matrix, blocks, torch.device("cpu"), names=[name])[
-                    name
-                ].view(-1)
-                yield _cast(merged, target, name)
+                if name not in ready:
+                    ready.update(merged(self._group(order, name)))
+                    order[:] = [left for left in order if left not in ready]
+                values = ready.pop(name).view(-1)
+                if not bool(torch.isfinite(values.sum()) or torch.isfinite(values).all()):
+                    raise PoolError(
+                        f"pool: the merged {name!r} holds NaN or infinity; look for the model it comes from with "
+                        "`mergesolve pool inspect`, or leave the tensor out with exclude."
+                    )
+                yield _cast(values, target, name)
                 return
             scratch = self._workers.scratch()
             info, stored_piece = base.tensors[name], base.reader(name)
@@ -508,12 +581,19 @@ class Pool:
             "base": base.label,
             "experts": json.dumps(list(self.names)),
             "transforms": json.dumps(list(self._lineage)),
-            "blocks": blocks.kind,
-            "coefficients_sha256": hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest(),
-            "coefficients_mean": json.dumps([round(float(value), 9) for value in matrix.mean(axis=0)]),
             **(metadata or {}),
         }
         return write_checkpoint(Path(path), infos, read, summary, max_shard_size, self._models.folder)
+
+    def _group(self, order: Sequence[str], first: str) -> list[str]:
+        """Return tensors from `first` on, as many as are merged at once."""
+        group, size = [first], prod(self.tensors[first])
+        for name in order[order.index(first) + 1 :]:
+            size += prod(self.tensors[name])
+            if size > GROUP:
+                break
+            group.append(name)
+        return group
 
     # Checks
 

@@ -17,7 +17,7 @@ from .checkpoint import Buffer, Checkpoint
 from .errors import PoolError
 
 Shape = tuple[int, ...]
-Transform = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+TransformFunction = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """fn(name, base [*shape], task_vectors [n, *shape]) -> task vectors [n, *shape], float32."""
 
 
@@ -146,7 +146,7 @@ class Transformed:
 
     serial = True
 
-    def __init__(self, source: TaskVectors, transform: Transform, label: str) -> None:
+    def __init__(self, source: TaskVectors, transform: TransformFunction, label: str) -> None:
         self._source = source
         self._transform = transform
         self._label = label

@@ -1,0 +1,160 @@
+"""Exact order statistics of magnitudes |τ|, without sorting and without holding the experts.
+
+Over a tensor, the k-th largest magnitude is selected from one copy of its magnitudes. Over a whole model it takes two
+streaming passes: magnitudes are ordered as their bit patterns are, so a histogram of the upper 15 bits finds the bin of
+the k-th largest, and a histogram of the lower 16 bits of what falls in that bin finds its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .sources import Scratch, Shape, TaskVectors
+from .workers import Workers
+
+LOW = 16  # bits of a magnitude that the second pass resolves
+BINS = 1 << (31 - LOW)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The k-th largest magnitude, and where its ties end: k elements exceed `value`, or equal it up to index `last`.
+
+    k = 0 is (inf, −1), so that nothing is above; k = size keeps everything.
+    """
+
+    value: float
+    last: int
+
+    def above(self, magnitudes: torch.Tensor, start: int) -> torch.Tensor:
+        """Return which of the magnitudes, elements [start, start + m) of the tensor, are among the k largest."""
+        if self.last >= start + magnitudes.shape[-1] - 1:
+            return magnitudes >= self.value
+        if self.last < start:
+            return magnitudes > self.value
+        kept = magnitudes > self.value
+        head = self.last - start + 1
+        kept[..., :head] |= magnitudes[..., :head] == self.value
+        return kept
+
+
+NOTHING = Cut(float("inf"), -1)
+
+
+def cut(magnitudes: NDArray[np.float32], k: int) -> Cut:
+    """Return the cut below the k largest of a tensor's magnitudes; of equal ones, the first are taken.
+
+    The array is partitioned in place, so indices are looked up by a second reading: see `tensor_cuts`.
+    """
+    size = len(magnitudes)
+    if k <= 0:
+        return NOTHING
+    if k >= size:
+        return Cut(0.0, size)
+    place = size - k
+    ordered = np.partition(magnitudes, place)
+    value = ordered[place]
+    surplus = int(np.count_nonzero(ordered[:place] == value))
+    if surplus == 0:
+        return Cut(float(value), size)
+    ties = np.flatnonzero(magnitudes == value)
+    return Cut(float(value), int(ties[len(ties) - surplus - 1]))
+
+
+def read_magnitudes(source: TaskVectors, name: str, expert: int, scratch: Scratch) -> NDArray[np.float32]:
+    """Return |τ| of one expert's tensor, [numel], freshly allocated."""
+    size = prod(source.shapes[name])
+    found = torch.empty(size)
+    for start in range(0, size, scratch.limit):
+        stop = min(start + scratch.limit, size)
+        for _, delta in source.deltas(name, [expert], start, stop, scratch):
+            torch.abs(delta[0], out=found[start:stop])
+    values: NDArray[np.float32] = found.numpy()
+    return values
+
+
+def tensor_cuts(
+    source: TaskVectors, workers: Workers, counts: Callable[[Shape], Sequence[int]]
+) -> dict[str, list[list[Cut]]]:
+    """Return the cuts below the k largest magnitudes within each tensor: name -> [expert][k], k of `counts(shape)`.
+
+    One pass; each thread holds the magnitudes of one tensor and a partitioned copy.
+    """
+    found: dict[str, list[list[Cut]]] = {name: [[]] * source.n for name in source.shapes}
+
+    def select(item: tuple[str, int], scratch: Scratch) -> None:
+        name, expert = item
+        magnitudes = read_magnitudes(source, name, expert, scratch)
+        found[name][expert] = [cut(magnitudes, k) for k in counts(source.shapes[name])]
+
+    workers.run([(name, i) for name in source.shapes for i in range(source.n)], select, serial=source.serial)
+    return found
+
+
+def model_cuts(source: TaskVectors, workers: Workers, k: int) -> list[Cut]:
+    """Return the k-th largest magnitude of each expert over all its tensors; ties are all above the cut.
+
+    Two passes; memory is a histogram an expert.
+    """
+    sizes = {name: prod(shape) for name, shape in source.shapes.items()}
+    if k >= sum(sizes.values()):
+        return [Cut(0.0, np.iinfo(np.int64).max)] * source.n
+    if k <= 0:
+        return [NOTHING] * source.n
+    items = [
+        (name, start, min(start + workers.limit, size))
+        for name, size in sizes.items()
+        for start in range(0, size, workers.limit)
+    ]
+
+    def count(bins: Callable[[int, NDArray[np.int32]], NDArray[np.int32]], width: int) -> NDArray[np.int64]:
+        total = np.zeros((source.n, width), dtype=np.int64)
+
+        def histograms(item: tuple[str, int, int], scratch: Scratch) -> NDArray[np.int64]:
+            name, start, stop = item
+            part = np.empty((source.n, width), dtype=np.int64)
+            for positions, delta in source.deltas(name, range(source.n), start, stop, scratch):
+                for row, expert in enumerate(range(source.n)[positions]):
+                    part[expert] = np.bincount(bins(expert, bit_patterns(delta[row])).astype(np.intp), minlength=width)
+            return part
+
+        def add(item: tuple[str, int, int], part: NDArray[np.int64]) -> None:
+            nonlocal total
+            total += part
+
+        workers.run(items, histograms, then=add, serial=source.serial)
+        return total
+
+    upper = count(lambda expert, bits: bits >> LOW, BINS)
+    chosen, left = zip(*(_descend(histogram, k) for histogram in upper), strict=True)
+
+    def within(expert: int, bits: NDArray[np.int32]) -> NDArray[np.int32]:
+        return bits[(bits >> LOW) == chosen[expert]] & ((1 << LOW) - 1)
+
+    lower = count(within, 1 << LOW)
+    cuts = []
+    for bin_, remaining, histogram in zip(chosen, left, lower, strict=True):
+        low, _ = _descend(histogram, remaining)
+        value = np.array([(bin_ << LOW) | low], dtype=np.int32).view(np.float32)[0]
+        cuts.append(Cut(float(value), np.iinfo(np.int64).max))
+    return cuts
+
+
+def bit_patterns(values: torch.Tensor) -> NDArray[np.int32]:
+    """Return the bit patterns of |values|, which are ordered as the magnitudes are."""
+    bits: NDArray[np.int32] = values.contiguous().view(torch.int32).numpy() & 0x7FFFFFFF
+    return bits
+
+
+def _descend(histogram: NDArray[np.int64], k: int) -> tuple[int, int]:
+    """Return the bin that holds the k-th largest value, and its rank from the top within that bin."""
+    from_top = np.cumsum(histogram[::-1])
+    place = int(np.searchsorted(from_top, k))
+    before = int(from_top[place - 1]) if place else 0
+    return len(histogram) - 1 - place, k - before

@@ -1,0 +1,100 @@
+"""DELLA's MagPrune: drop entries at random, the small ones of a row more often, and rescale the others.
+
+    p = density − ε/2 + ε · rank / m   is the probability that an entry is kept, τ̂ = Bernoulli(p) · τ / p
+
+`rank` counts the m entries of the row (output unit) from the smallest magnitude, 1 to m; a vector is one row.
+`window="symmetric"` lets p run over density ± ε, with the row's ends included, as mergekit does.
+Source: Deep, Bhardwaj and Poria (2024), DELLA-Merging: Reducing Interference through Magnitude-Based Sampling,
+section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal
+
+import torch
+
+from ..errors import PoolError
+from ..sources import TaskVectors
+from ..workers import Workers
+from .random_masks import random_words
+from .transform import Apply, Transform, check_fraction, check_integer, check_word
+from .trim import unchanged
+
+
+@dataclass(frozen=True)
+class Della(Transform):
+    """Keep entries with probabilities of mean `density` that rise with the rank of the magnitude in the row."""
+
+    by_row: ClassVar[bool] = True
+
+    density: float = 0.5
+    epsilon: float = 0.2
+    rescale: Literal["probability", "l1", "none"] = "probability"
+    window: Literal["paper", "symmetric"] = "paper"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction(self, "density")
+        check_fraction(self, "epsilon", open_low=False)
+        check_word(self, "rescale", ("probability", "l1", "none"))
+        check_word(self, "window", ("paper", "symmetric"))
+        check_integer(self, "seed", 0)
+        half = self.epsilon / 2 if self.window == "paper" else self.epsilon
+        if self.density < 1 and not (self.density - half >= 0 and self.density + half <= 1):
+            raise PoolError(
+                f"The 'epsilon' parameter of Della must leave probabilities in [0, 1]: density {self.density} ± "
+                f"{half} does not. Take a smaller epsilon."
+            )
+
+    def prepare(self, source: TaskVectors, workers: Workers, names: Sequence[str]) -> Apply:
+        """Nothing is needed of whole models: ranks are within rows."""
+        if self.density == 1:
+            return unchanged
+        return Ranked(self, tuple(names), {name: shape for name, shape in source.shapes.items()})
+
+    def probabilities(self, magnitudes: torch.Tensor) -> torch.Tensor:
+        """Return the probability of each entry [rows, m] to be kept; of equal magnitudes the first ranks lower."""
+        order = magnitudes.argsort(dim=1, stable=True)
+        count = magnitudes.shape[1]
+        if self.window == "paper":
+            lowest, step = self.density - self.epsilon / 2 + self.epsilon / count, self.epsilon / count
+        else:
+            lowest, step = self.density - self.epsilon, 2 * self.epsilon / max(1, count - 1)
+            if count == 1:
+                lowest = self.density
+        values = (lowest + step * torch.arange(count, dtype=torch.float64)).float()
+        return torch.empty_like(magnitudes).scatter_(1, order, values.expand_as(magnitudes))
+
+
+class Ranked:
+    """Drops rows' entries by rank and chance, and rescales."""
+
+    def __init__(self, options: Della, names: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
+        self._options = options
+        self._names = names
+        self._shapes = shapes
+
+    def __call__(
+        self, name: str, start: int, base: torch.Tensor | None, deltas: torch.Tensor, experts: Sequence[int]
+    ) -> torch.Tensor:
+        """Drop and rescale whole rows."""
+        shape = self._shapes[name]
+        width = prod(shape[1:]) if len(shape) > 1 else prod(shape)
+        result = torch.empty_like(deltas)
+        for row, expert in enumerate(experts):
+            values = deltas[row].view(-1, width)
+            probability = self._options.probabilities(values.abs())
+            words = random_words(self._options.seed, self._names[expert], name, start, start + values.numel())
+            chance = torch.from_numpy(words.astype("float64")).view_as(values) * 2.0**-32
+            kept = values * (chance < probability)
+            if self._options.rescale == "probability":
+                kept = torch.where(probability > 0, kept / probability, 0.0)
+            elif self._options.rescale == "l1":
+                left = kept.abs().sum(1, keepdim=True)
+                kept = torch.where(left > 0, kept * (values.abs().sum(1, keepdim=True) / left), kept)
+            result[row] = kept.view(-1)
+        return result

@@ -1,0 +1,220 @@
+"""What a closed-form merge is: transforms of the task vectors, then a function of one tensor.
+
+    θ = rule(θ0, τ_1 .. τ_n)   tensor by tensor, or piece by piece where the rule is a function of single elements
+
+Options are the fields of a frozen dataclass. What a rule needs to know of whole models (norms, thresholds) is taken
+once, in `prepare` or by the transforms, in streaming passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...pools import Blocks, Pool
+from ...pools.sources import Scratch, TaskVectors
+from ...pools.transforms.transform import Transform
+from ..errors import OptionError, unknown
+
+if TYPE_CHECKING:
+    from ...pools.statistics import Statistics
+
+Matrix = NDArray[np.float64]
+
+
+class Part:
+    """What a rule sees of one tensor: all of it, or elements [start, stop), with the experts' task vectors."""
+
+    def __init__(
+        self,
+        source: TaskVectors,
+        scratch: Scratch,
+        name: str,
+        start: int,
+        stop: int,
+        device: torch.device,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = tuple(source.shapes[name])
+        self.start, self.stop, self.size = start, stop, stop - start
+        self.n = source.n
+        self.device = device
+        self.statistics = statistics
+        self._source = source
+        self._scratch = scratch
+        self._base: torch.Tensor | None = None
+
+    @property
+    def base(self) -> torch.Tensor:
+        """θ0 [size], flat, float32; not to be written to."""
+        if self._base is None:
+            limit = self._scratch.limit
+            if self.size <= limit:
+                piece = self._source.base(self.name, self.start, self.stop, self._scratch)
+                self._base = piece if self.device.type == "cpu" else piece.to(self.device)
+            else:
+                whole = torch.empty(self.size)
+                for a in range(self.start, self.stop, limit):
+                    b = min(a + limit, self.stop)
+                    whole[a - self.start : b - self.start] = self._source.base(self.name, a, b, self._scratch)
+                self._base = whole.to(self.device)
+        return self._base
+
+    def stack(self) -> torch.Tensor:
+        """Return all task vectors [n, size], float32, freshly allocated where they are whole tensors.
+
+        Those of a piece lie in a buffer that the next piece uses again; the rule may write to them.
+        """
+        limit = self._scratch.limit
+        if self.size <= limit and self.device.type == "cpu":
+            stack = self._scratch.stack(self.n, self.size)
+        else:
+            stack = torch.empty(self.n, self.size, device=self.device)
+        for a in range(self.start, self.stop, limit):
+            b = min(a + limit, self.stop)
+            for positions, delta in self._source.deltas(
+                self.name, range(self.n), a, b, self._scratch, self._cached(a, b)
+            ):
+                stack[positions, a - self.start : b - self.start] = delta.to(self.device)
+        return stack
+
+    def task_vector(self, expert: int) -> torch.Tensor:
+        """Return τ_i [size], freshly allocated: memory for one expert, however many there are."""
+        limit = self._scratch.limit
+        found = torch.empty(self.size)
+        for a in range(self.start, self.stop, limit):
+            b = min(a + limit, self.stop)
+            for _, delta in self._source.deltas(self.name, [expert], a, b, self._scratch, self._cached(a, b)):
+                found[a - self.start : b - self.start] = delta[0]
+        return found.to(self.device)
+
+    def statistic(self, expert: int) -> torch.Tensor | None:
+        """Return this expert's statistic: a Fisher diagonal [size] of these elements, or a Gram matrix [d, d].
+
+        None where there is none for this tensor.
+        """
+        if self.statistics is None:
+            return None
+        if self.statistics.kind == "fisher":
+            found = self.statistics.piece(self.name, expert, self.start, self.stop, self._scratch)
+        else:
+            found = self.statistics.tensor(self.name, expert)
+        return None if found is None else found.to(self.device)
+
+    @property
+    def axis(self) -> int | None:
+        """Which side of the matrix a Gram matrix belongs to: 1 for W.reshape(out, d), 0 for W.reshape(d, out)."""
+        return None if self.statistics is None else self.statistics.axes.get(self.name)
+
+    def _cached(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return the base of a piece if it has been read, on the host."""
+        if self._base is None or self.device.type != "cpu":
+            return None
+        return self._base[start - self.start : stop - self.start]
+
+
+Rule = Callable[[Part], torch.Tensor]
+"""rule(part) -> merged values, float32, as many as the part has (of any shape)."""
+
+
+@dataclass(frozen=True)
+class Merge(ABC):
+    """A closed-form merge with its options; subclasses are listed in `MERGES`."""
+
+    whole: ClassVar[bool] = False
+    """The rule needs whole tensors (decompositions, solves); else it is a function of single elements."""
+    statistics: ClassVar[str | None] = None
+    """Kind of statistics of the experts that the rule needs: "fisher" or "gram"."""
+    passes: ClassVar[int] = 1
+    """How often each expert is read, the transforms' own passes left out."""
+    held: ClassVar[float] = 0.0
+    """Copies of the largest tensor that a rule on whole tensors holds, beside what it returns."""
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the transforms of the task vectors that the rule is applied to, first to last."""
+        return ()
+
+    @abstractmethod
+    def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
+        """Return the function of one tensor for this (transformed) pool.
+
+        Raises OptionError for options that do not fit the pool.
+        """
+
+
+@dataclass(frozen=True)
+class Linear(Merge):
+    """Merges that are points of the pool: θ = θ0 + Σ_i Λ[b,i] τ_i with coefficients that follow from the pool."""
+
+    @abstractmethod
+    def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
+        """Return Λ [rows, n] and the blocks that its rows belong to."""
+
+    def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
+        """Return the linear rule (the driver uses the pool's own operator instead, which reads what is not 0)."""
+        matrix, blocks = self.coefficients(pool)
+
+        def rule(part: Part) -> torch.Tensor:
+            rows = torch.from_numpy(matrix[blocks.rows[part.name]])
+            if len(rows) > 1:
+                width = prod(part.shape[1:])
+                index = torch.arange(part.start, part.stop) // max(1, width)
+                weights = rows[index].T
+            else:
+                weights = rows[0].unsqueeze(1)
+            return part.base + (weights.to(part.device, torch.float32) * part.stack()).sum(0)
+
+        return rule
+
+
+def expert_weights(weights: Mapping[str, float] | None, pool: Pool, owner: object, *, default: float) -> Matrix:
+    """Return a weight for each expert of the pool, from a mapping by name; those that it leaves out get `default`.
+
+    Raises OptionError for names that the pool lacks and for weights that are not finite.
+    """
+    found = np.full(pool.n, default)
+    for name, weight in (weights or {}).items():
+        if name not in pool.names:
+            raise unknown(f"expert in 'weights' of {type(owner).__name__}:", name, pool.names)
+        found[pool.names.index(name)] = weight
+    return found
+
+
+def check_weights(owner: object, weights: object) -> None:
+    """Raise OptionError unless `weights` is None or a mapping of names to finite numbers."""
+    fine = weights is None or (
+        isinstance(weights, Mapping)
+        and all(
+            isinstance(name, str) and isinstance(value, (int, float)) and math.isfinite(value)
+            for name, value in weights.items()
+        )
+    )
+    if not fine:
+        raise OptionError(
+            f"The 'weights' parameter of {type(owner).__name__} must be a mapping from names of experts to finite "
+            f"numbers. Got {weights!r} instead."
+        )
+
+
+def only(pool: Pool, count: int, owner: object, what: str) -> None:
+    """Raise OptionError unless the pool has exactly so many experts."""
+    if pool.n != count:
+        raise OptionError(
+            f"{type(owner).__name__} merges exactly {count} {'expert' if count == 1 else 'experts'} ({what}); the pool "
+            f"has {pool.n}: {', '.join(pool.names)}. Name those to merge."
+        )
+
+
+def options(merge: Merge) -> dict[str, object]:
+    """Return every option of a merge."""
+    return {field.name: getattr(merge, field.name) for field in dataclasses.fields(merge)}

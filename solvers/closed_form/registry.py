@@ -1,0 +1,160 @@
+"""The table of closed-form merges that the command line, the docs and the common tests read. Imports no torch.
+
+Adding a method is a class in the file of its family and one entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..construct import construct, describe
+from ..errors import unknown
+
+if TYPE_CHECKING:
+    from .merge import Merge
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a merge lives ("module:Class", relative to this package), what it does, who proposed it.
+
+    needs: "" for checkpoints alone, or the kind of statistics of the experts ("fisher", "gram").
+    """
+
+    target: str
+    summary: str
+    source: str
+    needs: str = ""
+
+    def load(self) -> type[Merge]:
+        """Import the class."""
+        module, name = self.target.split(":")
+        found: type[Merge] = getattr(import_module(f".{module}", __package__), name)
+        return found
+
+
+MERGES: dict[str, Entry] = {
+    "average": Entry(
+        "linear:Average",
+        "The mean of the experts, weighted if you like.",
+        "Wortsman et al. (2022), Model soups (uniform soup)",
+    ),
+    "task-arithmetic": Entry(
+        "linear:TaskArithmetic",
+        "Base plus scaled sum of task vectors; a negative weight unlearns.",
+        "Ilharco et al. (2023), Editing Models with Task Arithmetic",
+    ),
+    "negation": Entry(
+        "linear:Negation",
+        "Base minus the scaled sum of task vectors: forget what the experts learned.",
+        "Ilharco et al. (2023), Editing Models with Task Arithmetic, section 3",
+    ),
+    "analogy": Entry(
+        "linear:Analogy",
+        "Three experts: base + τ_c + (τ_b − τ_a), as a is to b so is c to the result.",
+        "Ilharco et al. (2023), Editing Models with Task Arithmetic, section 5",
+    ),
+    "paint": Entry(
+        "linear:Paint",
+        "(1 − Σα) base + Σ α_t expert_t.",
+        "Ilharco et al. (2022), Patching Open-Vocabulary Models by Interpolating Weights (PAINT)",
+    ),
+    "wise-ft": Entry(
+        "linear:WiseFT",
+        "One expert: (1 − α) base + α expert.",
+        "Wortsman et al. (2022), Robust Fine-Tuning of Zero-Shot Models (WiSE-FT)",
+    ),
+    "expo": Entry(
+        "linear:Expo",
+        "One expert: extrapolate beyond it, expert + α (expert − base).",
+        "Zheng et al. (2024), Weak-to-Strong Extrapolation Expedites Alignment (ExPO)",
+    ),
+    "swa": Entry(
+        "linear:SWA",
+        "The running mean of a sequence of checkpoints, in the order given, from one of them on.",
+        "Izmailov et al. (2018), Averaging Weights Leads to Wider Optima and Better Generalization",
+    ),
+    "ema": Entry(
+        "linear:EMA",
+        "The exponential moving average of a sequence of checkpoints, in the order given.",
+        "Polyak and Juditsky (1992), averaging; Tarvainen and Valpola (2017), Mean Teachers",
+    ),
+    "ties": Entry(
+        "signs:Ties",
+        "Trim small entries, elect signs, and average what agrees.",
+        "Yadav et al. (2023), TIES-Merging: Resolving Interference When Merging Models",
+    ),
+    "magmax": Entry(
+        "signs:MagMax",
+        "Of each entry, the task vector of largest magnitude.",
+        "Marczak et al. (2024), MagMax: Leveraging Model Merging for Seamless Continual Learning",
+    ),
+    "emr": Entry(
+        "signs:Emr",
+        "The unified vector of EMR: elected sign, largest agreeing magnitude.",
+        "Huang et al. (2024), EMR-Merging: Tuning-Free High-Performance Model Merging",
+    ),
+    "dare": Entry(
+        "sparse:DareLinear",
+        "Task arithmetic on task vectors with entries dropped at random and the rest rescaled.",
+        "Yu et al. (2024), Language Models are Super Mario (DARE)",
+    ),
+    "dare-ties": Entry(
+        "sparse:DareTies",
+        "DARE, then the sign election of TIES.",
+        "Yu et al. (2024), Language Models are Super Mario (DARE)",
+    ),
+    "della": Entry(
+        "sparse:DellaTies",
+        "Drop small entries more often, rescale, elect signs, and average what agrees.",
+        "Deep et al. (2024), DELLA-Merging",
+    ),
+    "della-linear": Entry(
+        "sparse:DellaLinear",
+        "Drop small entries more often, rescale, and add.",
+        "Deep et al. (2024), DELLA-Merging",
+    ),
+    "breadcrumbs": Entry(
+        "sparse:BreadcrumbsLinear",
+        "Task arithmetic without the largest and the smallest entries of each tensor.",
+        "Davari and Belilovsky (2024), Model Breadcrumbs",
+    ),
+    "breadcrumbs-ties": Entry(
+        "sparse:BreadcrumbsTies",
+        "Breadcrumbs, then the sign election of TIES.",
+        "Davari and Belilovsky (2024), Model Breadcrumbs; Yadav et al. (2023), TIES-Merging",
+    ),
+    "consensus": Entry(
+        "sparse:ConsensusLinear",
+        "Task arithmetic on the entries that at least k experts need (TALL masks).",
+        "Wang et al. (2024), Localizing Task Information for Improved Model Merging and Compression",
+    ),
+}
+
+
+def merge_class(name: object) -> type[Merge]:
+    """Return the class of this name; OptionError suggests the nearest one."""
+    if not isinstance(name, str) or name not in MERGES:
+        raise unknown("method", name, MERGES)
+    return MERGES[name].load()
+
+
+def make_merge(spec: object) -> Merge:
+    """Return a merge from an instance, a name, or a mapping {"name": ..., option: value}.
+
+    Raises OptionError for unknown names and options, with the nearest known one, and for values out of range.
+    """
+    name: Any = spec.get("name") if isinstance(spec, Mapping) else spec
+    if isinstance(spec, (str, Mapping)):
+        return construct("method", {str(name): merge_class(name)}, spec)
+    return construct("method", {name: entry.load() for name, entry in MERGES.items()}, spec)
+
+
+def describe_merge(merge: Merge) -> dict[str, Any]:
+    """Return the mapping from which `make_merge` makes this merge again."""
+    module, cls = type(merge).__module__.rpartition(".")[2], type(merge).__name__
+    name = next((name for name, entry in MERGES.items() if entry.target == f"{module}:{cls}"), None)
+    return describe(merge, {name: type(merge)} if name is not None else {cls: type(merge)})

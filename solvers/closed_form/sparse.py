@@ -1,0 +1,150 @@
+"""Merges of sparsified task vectors: DARE, DELLA, Breadcrumbs, consensus. What they drop is a transform of the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...pools.transforms.agreement import Consensus
+from ...pools.transforms.breadcrumbs import Breadcrumbs
+from ...pools.transforms.dare import Dare
+from ...pools.transforms.della import Della
+from ...pools.transforms.transform import Transform
+from .linear import TaskArithmetic
+from .signs import SignMerge
+
+
+@dataclass(frozen=True)
+class DareLinear(TaskArithmetic):
+    """θ = θ0 + scale · Σ w_i dare(τ_i)."""
+
+    source: ClassVar[str] = "Yu et al. (2024), Language Models are Super Mario, equations 2 and 3"
+
+    density: float = 0.1
+    rescale: Literal["density", "l1", "none"] = "density"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the dropping."""
+        return (Dare(self.density, self.rescale, self.seed),)
+
+
+@dataclass(frozen=True)
+class DareTies(SignMerge):
+    """θ = θ0 + scale · disjoint merge of dare(τ_i); mergekit's: rescale="l1", zero="plus"."""
+
+    source: ClassVar[str] = "Yu et al. (2024), Language Models are Super Mario, section 3.3"
+
+    density: float = 0.1
+    rescale: Literal["density", "l1", "none"] = "density"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the dropping."""
+        return (Dare(self.density, self.rescale, self.seed),)
+
+
+@dataclass(frozen=True)
+class DellaLinear(TaskArithmetic):
+    """θ = θ0 + scale · Σ w_i della(τ_i)."""
+
+    source: ClassVar[str] = "Deep et al. (2024), DELLA-Merging, section 3 without election"
+
+    density: float = 0.5
+    epsilon: float = 0.2
+    rescale: Literal["probability", "l1", "none"] = "probability"
+    window: Literal["paper", "symmetric"] = "paper"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the dropping."""
+        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed),)
+
+
+@dataclass(frozen=True)
+class DellaTies(SignMerge):
+    """θ = θ0 + scale · disjoint merge of della(τ_i)."""
+
+    source: ClassVar[str] = "Deep et al. (2024), DELLA-Merging, section 3"
+
+    density: float = 0.5
+    epsilon: float = 0.2
+    rescale: Literal["probability", "l1", "none"] = "probability"
+    window: Literal["paper", "symmetric"] = "paper"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the dropping."""
+        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed),)
+
+
+@dataclass(frozen=True)
+class BreadcrumbsLinear(TaskArithmetic):
+    """θ = θ0 + scale · Σ w_i breadcrumbs(τ_i)."""
+
+    source: ClassVar[str] = "Davari and Belilovsky (2024), Model Breadcrumbs, equations 2 and 3"
+
+    density: float = 0.14
+    top: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the masking."""
+        return (Breadcrumbs(self.density, self.top),)
+
+
+@dataclass(frozen=True)
+class BreadcrumbsTies(SignMerge):
+    """θ = θ0 + scale · disjoint merge of breadcrumbs(τ_i)."""
+
+    source: ClassVar[str] = "Davari and Belilovsky (2024), Model Breadcrumbs; Yadav et al. (2023), TIES-Merging"
+
+    density: float = 0.14
+    top: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the masking."""
+        return (Breadcrumbs(self.density, self.top),)
+
+
+@dataclass(frozen=True)
+class ConsensusLinear(TaskArithmetic):
+    """θ = θ0 + scale · Σ w_i m ∘ τ_i,   m = 1[at least `agree` experts have the entry in their TALL mask]."""
+
+    source: ClassVar[str] = "Wang et al. (2024), Localizing Task Information, equations 4 and 6"
+
+    tall: float = 0.4
+    agree: int = 2
+    multitask: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.transforms()
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the consensus mask; `multitask` scales the sum of task vectors that experts are compared with."""
+        return (Consensus(self.tall, self.agree, self.multitask),)
