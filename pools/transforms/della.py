@@ -54,7 +54,7 @@ class Della(Transform):
         """Nothing is needed of whole models: ranks are within rows."""
         if self.density == 1:
             return unchanged
-        return Ranked(self, tuple(names), {name: shape for name, shape in source.shapes.items()})
+        return Ranked(self, tuple(names), dict(source.shapes.items()))
 
     def probabilities(self, magnitudes: torch.Tensor) -> torch.Tensor:
         """Return the probability of each entry [rows, m] to be kept; of equal magnitudes the first ranks lower."""
