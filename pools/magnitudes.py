@@ -45,6 +45,7 @@ class Cut:
 
 
 NOTHING = Cut(float("inf"), -1)
+EVERYTHING = Cut(0.0, np.iinfo(np.int64).max)
 
 
 def cut(magnitudes: NDArray[np.float32], k: int) -> Cut:
@@ -56,7 +57,7 @@ def cut(magnitudes: NDArray[np.float32], k: int) -> Cut:
     if k <= 0:
         return NOTHING
     if k >= size:
-        return Cut(0.0, size)
+        return EVERYTHING
     place = size - k
     ordered = np.partition(magnitudes, place)
     value = ordered[place]
@@ -80,9 +81,10 @@ def read_magnitudes(source: TaskVectors, name: str, expert: int, scratch: Scratc
 
 
 def tensor_cuts(
-    source: TaskVectors, workers: Workers, counts: Callable[[Shape], Sequence[int]]
+    source: TaskVectors, workers: Workers, counts: Callable[[Shape, int], Sequence[int]]
 ) -> dict[str, list[list[Cut]]]:
-    """Return the cuts below the k largest magnitudes within each tensor: name -> [expert][k], k of `counts(shape)`.
+    """Return the cuts below the k largest magnitudes within each tensor: name -> [expert][k], k of `counts(shape,
+    expert)`.
 
     One pass; each thread holds the magnitudes of one tensor and a partitioned copy.
     """
@@ -91,22 +93,21 @@ def tensor_cuts(
     def select(item: tuple[str, int], scratch: Scratch) -> None:
         name, expert = item
         magnitudes = read_magnitudes(source, name, expert, scratch)
-        found[name][expert] = [cut(magnitudes, k) for k in counts(source.shapes[name])]
+        found[name][expert] = [cut(magnitudes, k) for k in counts(source.shapes[name], expert)]
 
     workers.run([(name, i) for name in source.shapes for i in range(source.n)], select, serial=source.serial)
     return found
 
 
-def model_cuts(source: TaskVectors, workers: Workers, k: int) -> list[Cut]:
-    """Return the k-th largest magnitude of each expert over all its tensors; ties are all above the cut.
+def model_cuts(source: TaskVectors, workers: Workers, counts: Sequence[int]) -> list[Cut]:
+    """Return the k-th largest magnitude of each expert over all its tensors, k of `counts`; ties are all above it.
 
     Two passes; memory is a histogram an expert.
     """
     sizes = {name: prod(shape) for name, shape in source.shapes.items()}
-    if k >= sum(sizes.values()):
-        return [Cut(0.0, np.iinfo(np.int64).max)] * source.n
-    if k <= 0:
-        return [NOTHING] * source.n
+    total_size = sum(sizes.values())
+    if all(k >= total_size for k in counts):
+        return [EVERYTHING] * source.n
     items = [
         (name, start, min(start + workers.limit, size))
         for name, size in sizes.items()
@@ -132,17 +133,20 @@ def model_cuts(source: TaskVectors, workers: Workers, k: int) -> list[Cut]:
         return total
 
     upper = count(lambda expert, bits: bits >> LOW, BINS)
-    chosen, left = zip(*(_descend(histogram, k) for histogram in upper), strict=True)
+    chosen, left = zip(*(_descend(histogram, k) for histogram, k in zip(upper, counts, strict=True)), strict=True)
 
     def within(expert: int, bits: NDArray[np.int32]) -> NDArray[np.int32]:
         return bits[(bits >> LOW) == chosen[expert]] & ((1 << LOW) - 1)
 
     lower = count(within, 1 << LOW)
     cuts = []
-    for bin_, remaining, histogram in zip(chosen, left, lower, strict=True):
+    for k, bin_, remaining, histogram in zip(counts, chosen, left, lower, strict=True):
+        if k <= 0 or k >= total_size:
+            cuts.append(NOTHING if k <= 0 else EVERYTHING)
+            continue
         low, _ = _descend(histogram, remaining)
         value = np.array([(bin_ << LOW) | low], dtype=np.int32).view(np.float32)[0]
-        cuts.append(Cut(float(value), np.iinfo(np.int64).max))
+        cuts.append(Cut(float(value), EVERYTHING.last))
     return cuts
 
 
@@ -155,6 +159,6 @@ def bit_patterns(values: torch.Tensor) -> NDArray[np.int32]:
 def _descend(histogram: NDArray[np.int64], k: int) -> tuple[int, int]:
     """Return the bin that holds the k-th largest value, and its rank from the top within that bin."""
     from_top = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(from_top, k))
+    place = min(int(np.searchsorted(from_top, k)), len(histogram) - 1)
     before = int(from_top[place - 1]) if place else 0
     return len(histogram) - 1 - place, k - before

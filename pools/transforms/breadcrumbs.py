@@ -9,7 +9,7 @@ Source: Davari and Belilovsky (2024), Model Breadcrumbs: Scaling Multi-Task Mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -18,7 +18,7 @@ import torch
 from ..magnitudes import Cut, tensor_cuts
 from ..sources import Shape, TaskVectors
 from ..workers import Workers
-from .transform import Apply, Transform, check_fraction
+from .transform import Apply, Transform, by_expert, check_densities, check_fraction
 from .trim import unchanged
 
 
@@ -28,24 +28,30 @@ class Breadcrumbs(Transform):
 
     density: float = 0.14
     top: float = 0.01
+    densities: Mapping[str, float] | None = None
+    """Densities of single experts, by name, instead."""
 
     def __post_init__(self) -> None:
         check_fraction(self, "density")
+        check_densities(self, self.densities)
         check_fraction(self, "top", open_low=False)
 
     @property
     def passes(self) -> int:  # type: ignore[override]
         """One pass for the thresholds."""
-        return 0 if self.density == 1 else 1
+        return 0 if self.density == 1 and not self.densities else 1
 
     def prepare(self, source: TaskVectors, workers: Workers, names: Sequence[str]) -> Apply:
         """Find the two thresholds of each tensor."""
-        return unchanged if self.density == 1 else Band(tensor_cuts(source, workers, self._counts))
+        densities = by_expert(self.density, self.densities, names)
+        if all(density == 1 for density in densities):
+            return unchanged
+        return Band(tensor_cuts(source, workers, lambda shape, expert: self._counts(shape, densities[expert])))
 
-    def _counts(self, shape: Shape) -> Sequence[int]:
+    def _counts(self, shape: Shape, density: float) -> Sequence[int]:
         """Return how many entries are above the lower threshold, and how many above the upper one."""
         size = prod(shape)
-        kept = int(self.density * size)
+        kept = int(density * size)
         dropped = min(int(self.top * size), size - kept)
         return [kept + dropped, dropped]
 

@@ -8,7 +8,7 @@ Source: Yu et al. (2024), Language Models are Super Mario: Absorbing Abilities f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -19,7 +19,7 @@ import torch
 from ..sources import Scratch, TaskVectors
 from ..workers import Workers
 from .random_masks import keep, random_words
-from .transform import Apply, Transform, check_fraction, check_integer, check_word
+from .transform import Apply, Transform, by_expert, check_densities, check_fraction, check_integer, check_word
 from .trim import unchanged
 
 
@@ -30,24 +30,28 @@ class Dare(Transform):
     density: float = 0.1
     rescale: Literal["density", "l1", "none"] = "density"
     seed: int = 0
+    densities: Mapping[str, float] | None = None
+    """Densities of single experts, by name, instead."""
 
     def __post_init__(self) -> None:
         check_fraction(self, "density")
+        check_densities(self, self.densities)
         check_word(self, "rescale", ("density", "l1", "none"))
         check_integer(self, "seed", 0)
 
     @property
     def passes(self) -> int:  # type: ignore[override]
         """L1 norms take one pass."""
-        return 1 if self.rescale == "l1" and self.density < 1 else 0
+        return 1 if self.rescale == "l1" and (self.density < 1 or self.densities) else 0
 
     def prepare(self, source: TaskVectors, workers: Workers, names: Sequence[str]) -> Apply:
         """Find the scales of the tensors, where they are not the same for all."""
-        if self.density == 1:
+        densities = by_expert(self.density, self.densities, names)
+        if all(density == 1 for density in densities):
             return unchanged
-        masks = Masks(self, names)
+        masks = Masks(self.seed, densities, names)
         if self.rescale == "density":
-            masks.scale = np.full((source.n,), 1 / self.density)
+            masks.scale = 1 / np.array(densities)
         elif self.rescale == "l1":
             norms = l1_norms(source, workers, masks)
             masks.scales = {
@@ -60,8 +64,9 @@ class Dare(Transform):
 class Masks:
     """Drops by the random masks and rescales."""
 
-    def __init__(self, options: Dare, names: Sequence[str]) -> None:
-        self._options = options
+    def __init__(self, seed: int, densities: Sequence[float], names: Sequence[str]) -> None:
+        self._seed = seed
+        self._densities = densities
         self._names = tuple(names)
         self.scale = np.ones(len(self._names))
         self.scales: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
@@ -80,8 +85,8 @@ class Masks:
 
     def mask(self, name: str, start: int, size: int, expert: int) -> torch.Tensor:
         """Return which of the elements [start, start + size) are kept."""
-        words = random_words(self._options.seed, self._names[expert], name, start, start + size)
-        return torch.from_numpy(keep(words, self._options.density))
+        words = random_words(self._seed, self._names[expert], name, start, start + size)
+        return torch.from_numpy(keep(words, self._densities[expert]))
 
 
 def l1_norms(

@@ -10,7 +10,7 @@ section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
@@ -21,7 +21,7 @@ from ..errors import PoolError
 from ..sources import TaskVectors
 from ..workers import Workers
 from .random_masks import random_words
-from .transform import Apply, Transform, check_fraction, check_integer, check_word
+from .transform import Apply, Transform, by_expert, check_densities, check_fraction, check_integer, check_word
 from .trim import unchanged
 
 
@@ -36,36 +36,41 @@ class Della(Transform):
     rescale: Literal["probability", "l1", "none"] = "probability"
     window: Literal["paper", "symmetric"] = "paper"
     seed: int = 0
+    densities: Mapping[str, float] | None = None
+    """Densities of single experts, by name, instead."""
 
     def __post_init__(self) -> None:
         check_fraction(self, "density")
+        check_densities(self, self.densities)
         check_fraction(self, "epsilon", open_low=False)
         check_word(self, "rescale", ("probability", "l1", "none"))
         check_word(self, "window", ("paper", "symmetric"))
         check_integer(self, "seed", 0)
         half = self.epsilon / 2 if self.window == "paper" else self.epsilon
-        if self.density < 1 and not (self.density - half >= 0 and self.density + half <= 1):
-            raise PoolError(
-                f"The 'epsilon' parameter of Della must leave probabilities in [0, 1]: density {self.density} ± "
-                f"{half} does not. Take a smaller epsilon."
-            )
+        for density in (self.density, *(self.densities or {}).values()):
+            if density < 1 and not (density - half >= 0 and density + half <= 1):
+                raise PoolError(
+                    f"The 'epsilon' parameter of Della must leave probabilities in [0, 1]: density {density} ± "
+                    f"{half} does not. Take a smaller epsilon."
+                )
 
     def prepare(self, source: TaskVectors, workers: Workers, names: Sequence[str]) -> Apply:
         """Nothing is needed of whole models: ranks are within rows."""
-        if self.density == 1:
+        densities = by_expert(self.density, self.densities, names)
+        if all(density == 1 for density in densities):
             return unchanged
-        return Ranked(self, tuple(names), dict(source.shapes.items()))
+        return Ranked(self, densities, tuple(names), dict(source.shapes.items()))
 
-    def probabilities(self, magnitudes: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, magnitudes: torch.Tensor, density: float) -> torch.Tensor:
         """Return the probability of each entry [rows, m] to be kept; of equal magnitudes the first ranks lower."""
         order = magnitudes.argsort(dim=1, stable=True)
         count = magnitudes.shape[1]
         if self.window == "paper":
-            lowest, step = self.density - self.epsilon / 2 + self.epsilon / count, self.epsilon / count
+            lowest, step = density - self.epsilon / 2 + self.epsilon / count, self.epsilon / count
         else:
-            lowest, step = self.density - self.epsilon, 2 * self.epsilon / max(1, count - 1)
+            lowest, step = density - self.epsilon, 2 * self.epsilon / max(1, count - 1)
             if count == 1:
-                lowest = self.density
+                lowest = density
         values = (lowest + step * torch.arange(count, dtype=torch.float64)).float()
         return torch.empty_like(magnitudes).scatter_(1, order, values.expand_as(magnitudes))
 
@@ -73,8 +78,11 @@ class Della(Transform):
 class Ranked:
     """Drops rows' entries by rank and chance, and rescales."""
 
-    def __init__(self, options: Della, names: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, options: Della, densities: Sequence[float], names: Sequence[str], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
         self._options = options
+        self._densities = densities
         self._names = names
         self._shapes = shapes
 
@@ -86,8 +94,11 @@ class Ranked:
         width = prod(shape[1:]) if len(shape) > 1 else prod(shape)
         result = torch.empty_like(deltas)
         for row, expert in enumerate(experts):
+            if self._densities[expert] == 1:
+                result[row] = deltas[row]
+                continue
             values = deltas[row].view(-1, width)
-            probability = self._options.probabilities(values.abs())
+            probability = self._options.probabilities(values.abs(), self._densities[expert])
             words = random_words(self._options.seed, self._names[expert], name, start, start + values.numel())
             chance = torch.from_numpy(words.astype("float64")).view_as(values) * 2.0**-32
             kept = values * (chance < probability)

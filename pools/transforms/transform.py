@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from ..errors import PoolError
+from ..errors import PoolError, nearest
 from ..sources import Scratch, Shape, TaskVectors
 from ..workers import Workers
 
@@ -85,6 +85,27 @@ def check_word(owner: Transform, name: str, words: Sequence[str]) -> None:
             f"The '{name}' parameter of {type(owner).__name__} must be one of {', '.join(map(repr, words))}. "
             f"Got {value!r} instead."
         )
+
+
+def check_densities(owner: Transform, densities: object) -> None:
+    """Raise PoolError unless `densities` is None or a mapping of names to numbers in (0, 1]."""
+    fine = densities is None or (
+        isinstance(densities, Mapping)
+        and all(isinstance(value, (int, float)) and 0 < value <= 1 for value in densities.values())
+    )
+    if not fine:
+        raise PoolError(
+            f"The 'densities' parameter of {type(owner).__name__} must be a mapping from names of experts to numbers "
+            f"in (0, 1]. Got {densities!r} instead."
+        )
+
+
+def by_expert(density: float, densities: Mapping[str, float] | None, names: Sequence[str]) -> list[float]:
+    """Return each expert's density: its own of `densities`, else `density`."""
+    for name in densities or {}:
+        if name not in names:
+            raise PoolError(f"pool: there is a density for {name!r}, which is no expert." + nearest(name, names))
+    return [(densities or {}).get(name, density) for name in names]
 
 
 class Prepared:

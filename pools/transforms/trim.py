@@ -9,7 +9,7 @@ Source: Yadav et al. (2023), TIES-Merging: Resolving Interference When Merging M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -19,7 +19,7 @@ import torch
 from ..magnitudes import Cut, model_cuts, tensor_cuts
 from ..sources import TaskVectors
 from ..workers import Workers
-from .transform import Apply, Transform, check_fraction, check_word
+from .transform import Apply, Transform, by_expert, check_densities, check_fraction, check_word
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,29 @@ class Trim(Transform):
 
     density: float = 0.2
     per: Literal["tensor", "model"] = "tensor"
+    densities: Mapping[str, float] | None = None
+    """Densities of single experts, by name, instead."""
 
     def __post_init__(self) -> None:
         check_fraction(self, "density")
+        check_densities(self, self.densities)
         check_word(self, "per", ("tensor", "model"))
 
     @property
     def passes(self) -> int:  # type: ignore[override]
         """One pass for thresholds of tensors, two for those of a model."""
-        return 0 if self.density == 1 else 1 if self.per == "tensor" else 2
+        return 0 if self.density == 1 and not self.densities else 1 if self.per == "tensor" else 2
 
     def prepare(self, source: TaskVectors, workers: Workers, names: Sequence[str]) -> Apply:
         """Find the thresholds."""
-        if self.density == 1:
+        densities = by_expert(self.density, self.densities, names)
+        if all(density == 1 for density in densities):
             return unchanged
         if self.per == "model":
             total = sum(prod(shape) for shape in source.shapes.values())
-            whole = model_cuts(source, workers, int(self.density * total) + 1)
+            whole = model_cuts(source, workers, [int(density * total) + 1 for density in densities])
             return Threshold(dict.fromkeys(source.shapes, whole))
-        cuts = tensor_cuts(source, workers, lambda shape: [max(1, int(self.density * prod(shape)))])
+        cuts = tensor_cuts(source, workers, lambda shape, expert: [max(1, int(densities[expert] * prod(shape)))])
         return Threshold({name: [found for (found,) in by_expert] for name, by_expert in cuts.items()})
 
 

@@ -112,15 +112,17 @@ class Ties(SignMerge):
 
     density: float = 0.2
     trim: Literal["model", "tensor"] = "model"
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "density", 0, 1, closed="right")
         check_choice(self, "trim", ("model", "tensor"))
+        self.transforms()
 
     def transforms(self) -> Sequence[Transform]:
         """Return the trimming."""
-        return (Trim(self.density, self.trim),)
+        return (Trim(self.density, self.trim, self.densities),)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,6 +24,7 @@ class DareLinear(TaskArithmetic):
     density: float = 0.1
     rescale: Literal["density", "l1", "none"] = "density"
     seed: int = 0
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,7 +32,7 @@ class DareLinear(TaskArithmetic):
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
-        return (Dare(self.density, self.rescale, self.seed),)
+        return (Dare(self.density, self.rescale, self.seed, self.densities),)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class DareTies(SignMerge):
     density: float = 0.1
     rescale: Literal["density", "l1", "none"] = "density"
     seed: int = 0
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +52,7 @@ class DareTies(SignMerge):
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
-        return (Dare(self.density, self.rescale, self.seed),)
+        return (Dare(self.density, self.rescale, self.seed, self.densities),)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class DellaLinear(TaskArithmetic):
     rescale: Literal["probability", "l1", "none"] = "probability"
     window: Literal["paper", "symmetric"] = "paper"
     seed: int = 0
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +74,7 @@ class DellaLinear(TaskArithmetic):
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
-        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed),)
+        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed, self.densities),)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class DellaTies(SignMerge):
     rescale: Literal["probability", "l1", "none"] = "probability"
     window: Literal["paper", "symmetric"] = "paper"
     seed: int = 0
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +96,7 @@ class DellaTies(SignMerge):
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
-        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed),)
+        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed, self.densities),)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class BreadcrumbsLinear(TaskArithmetic):
 
     density: float = 0.14
     top: float = 0.01
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +115,7 @@ class BreadcrumbsLinear(TaskArithmetic):
 
     def transforms(self) -> Sequence[Transform]:
         """Return the masking."""
-        return (Breadcrumbs(self.density, self.top),)
+        return (Breadcrumbs(self.density, self.top, self.densities),)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class BreadcrumbsTies(SignMerge):
 
     density: float = 0.14
     top: float = 0.01
+    densities: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +134,7 @@ class BreadcrumbsTies(SignMerge):
 
     def transforms(self) -> Sequence[Transform]:
         """Return the masking."""
-        return (Breadcrumbs(self.density, self.top),)
+        return (Breadcrumbs(self.density, self.top, self.densities),)
 
 
 @dataclass(frozen=True)
