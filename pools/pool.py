@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from math import prod
@@ -24,7 +24,7 @@ from .errors import PoolError, listing, nearest
 from .fingerprint import model_fingerprint, sample_digest
 from .operator import Matrix, Weights
 from .resident import Resident, resident_nbytes
-from .sources import Scratch, Selected, Shape, Stored, TaskVectors, Transformed, TransformFunction
+from .sources import Narrowed, Scratch, Selected, Shape, Stored, TaskVectors, Transformed, TransformFunction
 from .spec import Spec, parse_dtype, parse_patterns, parse_prefixes, parse_spec
 from .transforms.transform import Prepared, Transform
 from .workers import Workers
@@ -51,6 +51,13 @@ class Models:
         self.folder = folder
         self.fingerprints: dict[str, str] = {}  # of the experts, as they are asked for
         self._merged: dict[str, Shape] | None = None
+
+    def restricted(self, names: Collection[str], workers: Workers) -> Models:
+        """Return the same models, of which only some of the merged tensors are merged."""
+        merged = {name: shape for name, shape in self.merged(workers).items() if name in names}
+        models = Models(self.base, self.experts, merged, self.folder)
+        models._merged = merged
+        return models
 
     def merged(self, workers: Workers) -> dict[str, Shape]:
         """Return the tensors that differ between models; the first call compares data, up to the first difference."""
@@ -436,6 +443,24 @@ class Pool:
             raise PoolError(f"pool: a subset needs at least one expert, each once; got {chosen}.")
         index = [self.names.index(name) for name in chosen]
         return self._derived(chosen, lambda _: Selected(self._upstream(), index), self._lineage)
+
+    def restrict(self, tensors: Collection[str]) -> Pool:
+        """Return the pool in which only these merged tensors are merged; the others keep the base's values."""
+        unknown = [name for name in tensors if name not in self.tensors]
+        if unknown or not tensors:
+            what = f"{unknown[0]!r} is none" if unknown else "none was given"
+            raise PoolError(f"pool: restrict needs merged tensors of the pool; {what}.")
+        models = self._models.restricted(tensors, self._workers)
+        shapes = models.merged(self._workers)
+        return Pool(
+            models,
+            self.names,
+            dtype=self.dtype,
+            backend=self.backend,  # type: ignore[arg-type]
+            device=self.device,
+            source=lambda _: Narrowed(self._upstream(), shapes),
+            lineage=self._lineage,
+        )
 
     def transform(self, fn: Transform | TransformFunction, label: str | None = None) -> Pool:
         """Return a pool whose task vectors are transformed, lazily.

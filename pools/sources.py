@@ -206,6 +206,17 @@ def gather(source: TaskVectors, name: str, scratch: Scratch) -> tuple[torch.Tens
     return base, stack
 
 
+class Narrowed:
+    """Some of the tensors of another source."""
+
+    def __init__(self, source: TaskVectors, shapes: Mapping[str, Shape]) -> None:
+        self.n = source.n
+        self.shapes = shapes
+        self.serial = source.serial
+        self.base = source.base
+        self.deltas = source.deltas
+
+
 class Selected:
     """Some of the experts of another source, in a given order."""
 

@@ -8,6 +8,7 @@ it holds: it does not grow with the number of experts. On an accelerator, pieces
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,14 +30,22 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """progress(elements merged so far, elements in all)."""
+Overrides = Sequence[tuple[str, Merge]]
+"""(regular expression, merge): tensors whose names it finds take that merge instead; the first one that does wins."""
+Merged = Callable[[Sequence[str]], Weights]
+"""merged(names) -> the merged values of some tensors, float32, on the CPU."""
 
 
 def merge_weights(
-    pool: Pool, merge: Merge, statistics: Statistics | None = None, progress: Progress | None = None
+    pool: Pool,
+    merge: Merge,
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
+    *,
+    overrides: Overrides = (),
 ) -> Weights:
     """Return the merged tensors, float32, in memory, on the pool's device."""
-    viewed = view(pool, merge)
-    found = merging(viewed, merge, statistics, progress)(list(viewed.tensors))
+    found = merging(pool, merge, statistics, progress, overrides)(list(pool.tensors))
     return {name: tensor.to(pool.device) for name, tensor in found.items()}
 
 
@@ -46,6 +55,7 @@ def write_merge(
     path: str | Path,
     *,
     statistics: Statistics | None = None,
+    overrides: Overrides = (),
     dtype: str | torch.dtype | None = None,
     max_shard_size: float = 5e9,
     metadata: Mapping[str, str] | None = None,
@@ -56,29 +66,26 @@ def write_merge(
     Names, element types, shards, files beside the weights and provenance are those of `Pool.materialize`; the metadata
     say the method with every option, too.
     """
-    viewed = view(pool, merge)
-    summary = {"merge": json.dumps(describe_merge(merge)), **(metadata or {})}
-    merged = merging(viewed, merge, statistics, progress)
-    return viewed.write(merged, path, dtype=dtype, max_shard_size=max_shard_size, metadata=summary)
-
-
-def view(pool: Pool, merge: Merge) -> Pool:
-    """Return the pool after the merge's own transforms."""
-    for transform in merge.transforms():
-        pool = pool.transform(transform)
-    return pool
+    summary = {"merge": json.dumps(describe_merge(merge))}
+    if overrides:
+        summary["overrides"] = json.dumps([[pattern, describe_merge(other)] for pattern, other in overrides])
+    merged = merging(pool, merge, statistics, progress, overrides)
+    return pool.write(
+        merged, path, dtype=dtype, max_shard_size=max_shard_size, metadata={**summary, **(metadata or {})}
+    )
 
 
 def merging(
-    pool: Pool, merge: Merge, statistics: Statistics | None = None, progress: Progress | None = None
-) -> Callable[[Sequence[str]], Weights]:
-    """Return merged(names) -> float32 tensors on the CPU, for a pool that has been transformed."""
-    if merge.statistics is not None and statistics is None:
-        raise OptionError(
-            f"{type(merge).__name__} needs {merge.statistics} statistics of every expert; make them with "
-            f"`mergesolve stats --kind {merge.statistics}` and pass Statistics.open(pool, '{merge.statistics}')."
-        )
-    source, workers = pool.engine()
+    pool: Pool,
+    merge: Merge,
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
+    overrides: Overrides = (),
+) -> Merged:
+    """Return the function that merges tensors by name.
+
+    What a method needs to know of the whole pool is taken here; with overrides, of the tensors that it merges.
+    """
     total = sum(prod(shape) for shape in pool.tensors.values())
     done = 0
 
@@ -88,6 +95,50 @@ def merging(
         if progress is not None:
             progress(done, total)
 
+    if not overrides:
+        return _merging(pool, merge, statistics, count)
+    parts: dict[str, Merged] = {}
+    for chosen, names in _assigned(pool, merge, overrides):
+        part = _merging(pool.restrict(names), chosen, statistics, count)
+        parts.update(dict.fromkeys(names, part))
+
+    def merged(names: Sequence[str]) -> Weights:
+        found: Weights = {}
+        for part in dict.fromkeys(parts[name] for name in names):
+            found.update(part([name for name in names if parts[name] is part]))
+        return {name: found[name] for name in names}
+
+    return merged
+
+
+def _assigned(pool: Pool, merge: Merge, overrides: Overrides) -> list[tuple[Merge, list[str]]]:
+    """Return each merge with the tensors that it merges; raise OptionError for a pattern that finds none."""
+    choices = [*((pattern, other) for pattern, other in overrides), ("", merge)]
+    assigned: list[list[str]] = [[] for _ in choices]
+    try:
+        patterns = [re.compile(pattern) for pattern, _ in choices]
+    except re.error as error:
+        raise OptionError(f"The pattern {error.pattern!r} of an override is no regular expression: {error}.") from None
+    for name in pool.tensors:
+        assigned[next(k for k, pattern in enumerate(patterns) if pattern.search(name))].append(name)
+    for pattern, names in zip(patterns[:-1], assigned[:-1], strict=True):
+        if not names:
+            raise OptionError(
+                f"The pattern {pattern.pattern!r} of an override finds none of the merged tensors (or others before "
+                f"it take them all); the tensors are named as {next(iter(pool.tensors))!r}."
+            )
+    return [(other, names) for (_, other), names in zip(choices, assigned, strict=True) if names]
+
+
+def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Callable[[int], None]) -> Merged:
+    if merge.statistics is not None and statistics is None:
+        raise OptionError(
+            f"{type(merge).__name__} needs {merge.statistics} statistics of every expert; make them with "
+            f"`mergesolve stats --kind {merge.statistics}` and pass Statistics.open(pool, '{merge.statistics}')."
+        )
+    for transform in merge.transforms():
+        pool = pool.transform(transform)
+    source, workers = pool.engine()
     if isinstance(merge, Linear):
         matrix, blocks = merge.coefficients(pool)
         if not np.isfinite(matrix).all():
@@ -143,7 +194,7 @@ class Plan:
     device_memory: int
 
 
-def plan(pool: Pool, merge: Merge, *, dtype: str | torch.dtype | None = None) -> Plan:
+def plan(pool: Pool, merge: Merge, *, overrides: Overrides = (), dtype: str | torch.dtype | None = None) -> Plan:
     """Return the cost of a merge without reading any data.
 
     Tensors that are identical in all models, which only reading tells, count as merged.
@@ -151,12 +202,13 @@ def plan(pool: Pool, merge: Merge, *, dtype: str | torch.dtype | None = None) ->
     shapes = pool.candidates
     sizes = [prod(shape) for shape in shapes.values()]
     largest = max(sizes, default=0)
-    passes = merge.passes + sum(transform.passes for transform in merge.transforms())
+    merges = [merge, *(other for _, other in overrides)]
+    passes = max(other.passes + sum(transform.passes for transform in other.transforms()) for other in merges)
     written = pool.written_nbytes(dtype)
     group = 4 * max(min(GROUP, sum(sizes)), largest)
     threads = torch.get_num_threads()
-    rule = int(4 * largest * merge.held) if merge.whole else 0
-    cuts = 8 * largest * threads if any(transform.passes for transform in merge.transforms()) else 0
+    rule = max(int(4 * largest * other.held) if other.whole else 0 for other in merges)
+    cuts = 8 * largest * threads if any(t.passes for other in merges for t in other.transforms()) else 0
     on_device = pool.device.type != "cpu"
     return Plan(
         experts=pool.n,
