@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import closed_form
 import gpu
 import iteration
 import memory
 import operators
 from measure import arguments, machine, show, towers
 
-BENCHMARKS = {"operators": operators, "memory": memory, "iteration": iteration, "gpu": gpu}
+BENCHMARKS = {"operators": operators, "memory": memory, "iteration": iteration, "closed_form": closed_form, "gpu": gpu}
 
 
 def main() -> int:

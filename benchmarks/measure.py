@@ -6,7 +6,6 @@ import argparse
 import gc
 import os
 import platform
-import resource
 import shutil
 import signal
 import statistics
@@ -41,20 +40,6 @@ def seconds(*calls: tuple[Any, ...], repeats: int) -> list[float]:
             if repeat:
                 mine.append(time.perf_counter() - began)
     return [statistics.median(mine) for mine in times]
-
-
-def resident_bytes(peak: bool = False) -> int:
-    """Memory that this process holds now, or the most that it ever held.
-
-    From /proc where there is one: getrusage keeps the peak of the process that was there before exec, which is the
-    parent's for a child that has just been started.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        field = "VmHWM:" if peak else "VmRSS:"
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine() -> dict[str, Any]:

@@ -14,10 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measure import SMALL, Architecture, Row, Towers, arguments, classifier, images, resident_bytes, say, show, towers
+from measure import SMALL, Architecture, Row, Towers, arguments, classifier, images, say, show, towers
 from mergesolve.objectives import CrossEntropy
 from mergesolve.pools import Pool
 from mergesolve.solvers import FrankWolfe, Problem, solve
+from process import resident_bytes
 
 TITLE = "Peak memory of a streaming Frank-Wolfe solve"
 ALLOWED_COPIES, ALLOWED_EXTRA = 3, 500e6
