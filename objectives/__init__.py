@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .loss_objective import LossObjective
     from .models import Model, ModuleModel, Weights
     from .objective import Evaluation, Objective, SumObjective, TaskObjective
+    from .statistics import Statistic, fisher_diagonal, grams
     from .task import Task, joint
     from .weighted_sum import WeightedSum
 
@@ -31,6 +32,7 @@ _MODULES = {
     "ModuleModel": "models",
     "Objective": "objective",
     "Scores": "evaluation",
+    "Statistic": "statistics",
     "SumObjective": "objective",
     "Task": "task",
     "TaskObjective": "objective",
@@ -38,6 +40,8 @@ _MODULES = {
     "Weights": "models",
     "accuracy": "evaluation",
     "evaluate": "evaluation",
+    "fisher_diagonal": "statistics",
+    "grams": "statistics",
     "joint": "task",
 }
 
@@ -53,6 +57,7 @@ __all__ = [
     "ModuleModel",
     "Objective",
     "Scores",
+    "Statistic",
     "SumObjective",
     "Task",
     "TaskObjective",
@@ -60,6 +65,8 @@ __all__ = [
     "Weights",
     "accuracy",
     "evaluate",
+    "fisher_diagonal",
+    "grams",
     "joint",
 ]
 
