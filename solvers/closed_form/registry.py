@@ -132,6 +132,41 @@ MERGES: dict[str, Entry] = {
         "Task arithmetic on the entries that at least k experts need (TALL masks).",
         "Wang et al. (2024), Localizing Task Information for Improved Model Merging and Compression",
     ),
+    "quadratic": Entry(
+        "quadratic:Quadratic",
+        "Nearest point to all experts in a metric (identity, Fisher, Gram), free or in a hull or box.",
+        "Matena and Raffel (2022); Jin et al. (2023); Tam et al. (2024), whose merges are members",
+    ),
+    "fisher": Entry(
+        "fisher:Fisher",
+        "Of each entry, the mean of the experts weighted by their diagonal Fishers.",
+        "Matena and Raffel (2022), Merging Models with Fisher-Weighted Averaging",
+        "fisher",
+    ),
+    "ewc": Entry(
+        "fisher:Ewc",
+        "Two experts, weighted by their diagonal Fishers.",
+        "Leontev et al. (2020), Non-Iterative Knowledge Fusion in Deep Convolutional Networks",
+        "fisher",
+    ),
+    "uncertainty": Entry(
+        "fisher:Uncertainty",
+        "Task vectors weighted by their Fishers over that of all tasks and a prior.",
+        "Daheim et al. (2024), Model Merging by Uncertainty-Based Gradient Matching",
+        "fisher",
+    ),
+    "regmean": Entry(
+        "regmean:RegMean",
+        "The outputs of linear maps in least squares, from Grams of their inputs; the mean elsewhere.",
+        "Jin et al. (2023), Dataless Knowledge Fusion by Merging Weights of Language Models",
+        "gram",
+    ),
+    "mats": Entry(
+        "regmean:Mats",
+        "The system of RegMean by conjugate gradients, from the average or the base.",
+        "Tam et al. (2024), Merging by Matching Models in Task Parameter Subspaces (MaTS)",
+        "gram",
+    ),
 }
 
 
