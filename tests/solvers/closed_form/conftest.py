@@ -1,0 +1,417 @@
+"""Sampled pools, and every method written a second time: plainly, in float64 NumPy, on whole tensors.
+
+The references see base and task vectors as dictionaries of arrays, {tensor: [*shape]} and {tensor: [n, *shape]}, with
+the task vectors rounded to float32 as the differences of what is stored, so that ties and signs are decided on the
+same numbers. They share no code with the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mergesolve.pools import Pool
+from mergesolve.solvers.closed_form import MERGES
+
+SHAPES = {
+    "conv.weight": (4, 3, 2, 2),
+    "a.weight": (7, 11),
+    "a.bias": (11,),
+    "b.weight": (60, 50),
+    "b.bias": (1500,),
+    "one": (1,),
+    "wide": (1, 9),
+    "tall": (9, 1),
+    "scale": (),
+    "empty": (0, 3),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def states(kind="normal", n=4, dtype="float32", seed=0):
+    """(base, {expert: state}). `normal`: almost no zeros. `grid`: few values, so zeros, ties and sums of 0 abound.
+
+    On the grid every value, difference and sum is exact in all types. One expert leaves one tensor alone, and one
+    tensor is the same in all models.
+    """
+    rng = np.random.default_rng([seed, n])
+
+    def draw(shape, step):
+        if kind == "grid":
+            return rng.integers(-8, 9, shape) * step
+        return rng.normal(size=shape) * 8 * step
+
+    base = {name: draw(shape, 0.25) for name, shape in SHAPES.items()}
+    experts = {f"e{i}": {name: value + draw(value.shape, 0.125) for name, value in base.items()} for i in range(n)}
+    experts["e0"]["a.bias"] = base["a.bias"]
+    base["frozen"] = draw((5,), 0.25)
+    for state in experts.values():
+        state["frozen"] = base["frozen"]
+
+    def stored(state):
+        found = {name: torch.from_numpy(np.array(value)).to(DTYPES[dtype]) for name, value in state.items()}
+        return {**found, "steps": torch.tensor([3, 4])}
+
+    return stored(base), {name: stored(state) for name, state in experts.items()}
+
+
+def arrays(base, experts):
+    """Base and task vectors for the references: float32 differences of what is stored, as float64."""
+    names = [name for name in SHAPES if any(not torch.equal(state[name], base[name]) for state in experts.values())]
+    plain = {name: base[name].float().numpy() for name in names}
+    taus = {
+        name: np.stack([state[name].float().numpy() - plain[name] for state in experts.values()]).astype(np.float64)
+        for name in names
+    }
+    return {name: value.astype(np.float64) for name, value in plain.items()}, taus
+
+
+def same(found, wanted, atol=2e-6, rtol=2e-6):
+    """Assert that the merged tensors (torch) are those of the reference (NumPy)."""
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert found[name].dtype == torch.float32
+        assert tuple(found[name].shape) == np.shape(value), name
+        np.testing.assert_allclose(found[name].numpy(), value, atol=atol, rtol=rtol, err_msg=name)
+
+
+# References
+
+
+def per_tensor(function):
+    """Make a reference of function(base [*shape], taus [n, *shape], **options) -> merged [*shape]."""
+
+    def reference(base, taus, names, **options):
+        return {name: function(base[name], taus[name], **options) for name in base}
+
+    return reference
+
+
+def linear(coefficients):
+    """Make a reference of the coefficients [n] that coefficients(names, **options) returns."""
+
+    def reference(base, taus, names, **options):
+        weights = np.asarray(coefficients(names, **options), dtype=np.float64)
+        return {name: base[name] + np.tensordot(weights, taus[name], 1) for name in base}
+
+    return reference
+
+
+def given(weights, names, default=1.0):
+    return np.array([(weights or {}).get(name, default) for name in names])
+
+
+def average(names, weights=None, normalize=True):
+    found = given(weights, names)
+    return found / found.sum() if normalize else found
+
+
+def swa(names, first=0, every=1):
+    chosen = [i for i in range(first, len(names)) if (i - first) % every == 0]
+    return [1 / len(chosen) if i in chosen else 0 for i in range(len(names))]
+
+
+def ema(names, decay=0.9, start="first"):
+    """The recursion itself, on unit vectors; the base is what is left to 1."""
+    eye = np.eye(len(names))
+    running = eye[0] if start == "first" else (1 - decay) * eye[0]
+    for row in eye[1:]:
+        running = decay * running + (1 - decay) * row
+    return running
+
+
+def largest(values, k):
+    """A mask of exactly k entries of largest magnitude; of equal ones, the first."""
+    order = np.argsort(-np.abs(values).ravel(), kind="stable")
+    mask = np.zeros(values.size, dtype=bool)
+    mask[order[:k]] = True
+    return mask.reshape(values.shape)
+
+
+def trimmed(taus, density, per):
+    if density == 1:
+        return taus
+    n = len(next(iter(taus.values())))
+    if per == "tensor":
+        return {
+            name: np.stack([row * largest(row, max(1, int(density * row.size))) for row in rows])
+            for name, rows in taus.items()
+        }
+    flat = np.concatenate([rows.reshape(n, -1) for rows in taus.values()], axis=1)
+    size = flat.shape[1]
+    place = min(size, int(density * size) + 1)
+    cuts = [np.sort(np.abs(row))[size - place] for row in flat]
+    return {
+        name: np.stack([row * (np.abs(row) >= cut) for row, cut in zip(rows, cuts, strict=True)])
+        for name, rows in taus.items()
+    }
+
+
+def election(base, taus, names, scale=0.3, merge="mean", weights=None, zero="drop"):
+    """Sign election in loops over experts."""
+    w = given(weights, names)
+    weighted = {name: np.stack([a * row for a, row in zip(w, rows, strict=True)]) for name, rows in taus.items()}
+    balance = sum(np.sign(rows.sum(0)).sum() for rows in weighted.values())
+    merged = {}
+    for name, rows in weighted.items():
+        sign = np.sign(rows.sum(0))
+        if zero == "plus":
+            sign = np.where(sign == 0, 1, sign)
+        if zero == "majority":
+            sign = np.where(sign == 0, 1 if balance > 0 else -1, sign)
+        total, divisor = np.zeros(rows.shape[1:]), np.zeros(rows.shape[1:])
+        for a, row in zip(w, rows, strict=True):
+            agrees = (np.sign(row) == sign) & (row != 0)
+            total += np.where(agrees, row, 0)
+            divisor += np.where(agrees, a, 0)
+        if merge == "mean":
+            total = total / np.where(divisor == 0, 1, divisor)
+        merged[name] = base[name] + scale * total
+    return merged
+
+
+def ties(base, taus, names, density=0.2, trim="model", **options):
+    return election(base, trimmed(taus, density, trim), names, **options)
+
+
+def magmax(base, rows, scale=0.5):
+    flat = rows.reshape(len(rows), -1)
+    chosen = np.array([column[np.argmax(np.abs(column))] for column in flat.T])
+    return base + scale * chosen.reshape(base.shape)
+
+
+def emr(base, rows, scale=1.0):
+    sign = np.sign(rows.sum(0))
+    agreeing = np.where(np.sign(rows) == sign, np.abs(rows), 0)
+    return base + scale * sign * agreeing.max(0)
+
+
+def random_bits(seed, expert, name, size):
+    """32 bits an entry: the Philox stream whose key is a hash of seed and names, drawn by NumPy in one go."""
+    key = np.frombuffer(hashlib.sha256(f"{seed}\0{expert}\0{name}".encode()).digest()[:16], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).integers(0, 2**32, size=size, dtype=np.uint32)
+
+
+def dropped(taus, names, density=0.1, rescale="density", seed=0):
+    found = {}
+    for name, rows in taus.items():
+        found[name] = np.empty_like(rows)
+        for i, expert in enumerate(names):
+            mask = random_bits(seed, expert, name, rows[i].size).reshape(rows[i].shape) < density * 2**32
+            kept = rows[i] * mask
+            if density < 1 and rescale == "density":
+                kept = kept / density
+            if density < 1 and rescale == "l1" and np.abs(kept).sum() > 0:
+                kept = kept * (np.abs(rows[i]).sum() / np.abs(kept).sum())
+            found[name][i] = kept
+    return found
+
+
+def pruned(taus, names, density=0.5, epsilon=0.2, rescale="probability", window="paper", seed=0):
+    """DELLA row by row: ranks by a stable sort, probabilities from the formula."""
+    if density == 1:
+        return taus
+    found = {}
+    for name, stack in taus.items():
+        found[name] = np.empty_like(stack)
+        for i, expert in enumerate(names):
+            chance = random_bits(seed, expert, name, stack[i].size) / 2**32
+            rows = stack[i].reshape(stack[i].shape[0], -1) if stack[i].ndim > 1 else stack[i].reshape(1, -1)
+            out = []
+            for row, u in zip(rows, chance.reshape(rows.shape), strict=True):
+                m = len(row)
+                rank = np.empty(m)
+                rank[np.argsort(np.abs(row), kind="stable")] = np.arange(1, m + 1)
+                if window == "paper":
+                    p = density - epsilon / 2 + epsilon * rank / m
+                else:
+                    p = density - epsilon + 2 * epsilon * (rank - 1) / (m - 1) if m > 1 else np.array([density])
+                kept = row * (u < p)
+                if rescale == "probability":
+                    kept = np.where(p > 0, kept / np.where(p > 0, p, 1), 0)
+                if rescale == "l1" and np.abs(kept).sum() > 0:
+                    kept = kept * (np.abs(row).sum() / np.abs(kept).sum())
+                out.append(kept)
+            found[name][i] = np.stack(out).reshape(stack[i].shape)
+    return found
+
+
+def crumbs(taus, density=0.14, top=0.01):
+    """Of each tensor, the first int(density · size) entries after the outliers, in order of magnitude."""
+    found = {}
+    for name, stack in taus.items():
+        size = stack[0].size
+        keep = int(density * size)
+        skip = min(int(top * size), size - keep)
+        found[name] = np.stack([row * (largest(row, skip + keep) & ~largest(row, skip)) for row in stack])
+    return found
+
+
+def agreed(taus, tall=0.4, agree=2, multitask=1.0):
+    found = {}
+    for name, rows in taus.items():
+        total = multitask * rows.sum(0)
+        active = sum((np.abs(row) >= tall * np.abs(total - row)).astype(int) for row in rows)
+        found[name] = rows * (active >= agree)
+    return found
+
+
+def task_arithmetic(base, taus, names, scale=0.3, weights=None):
+    w = given(weights, names)
+    return {name: base[name] + scale * np.tensordot(w, taus[name], 1) for name in base}
+
+
+def after(transform, merge, own, *, named=False):
+    """Make a reference of a transform, which takes the options `own`, and a merge, which takes the others."""
+
+    def reference(base, taus, names, **options):
+        mine = {key: options.pop(key) for key in own if key in options}
+        changed = transform(taus, names, **mine) if named else transform(taus, **mine)
+        return merge(base, changed, names, **options)
+
+    return reference
+
+
+DARE = ("density", "rescale", "seed")
+DELLA = ("density", "epsilon", "rescale", "window", "seed")
+CRUMBS = ("density", "top")
+
+REFERENCES = {
+    "average": linear(average),
+    "task-arithmetic": task_arithmetic,
+    "negation": linear(lambda names, scale=1.0: -scale * np.ones(len(names))),
+    "analogy": linear(
+        lambda names, a=None, b=None, c=None, scale=1.0: (
+            [-scale, scale, scale] if a is None else [scale * ((x in (b, c)) - (x == a)) for x in names]
+        )
+    ),
+    "paint": linear(
+        lambda names, alpha=None, weights=None: given(weights, names, 1 / (len(names) + 1) if alpha is None else alpha)
+    ),
+    "wise-ft": linear(lambda names, alpha=0.5: [alpha]),
+    "expo": linear(lambda names, alpha=0.3: [1 + alpha]),
+    "swa": linear(swa),
+    "ema": linear(ema),
+    "ties": ties,
+    "magmax": per_tensor(magmax),
+    "emr": per_tensor(emr),
+    "dare": after(dropped, task_arithmetic, DARE, named=True),
+    "dare-ties": after(dropped, election, DARE, named=True),
+    "della": after(pruned, election, DELLA, named=True),
+    "della-linear": after(pruned, task_arithmetic, DELLA, named=True),
+    "breadcrumbs": after(crumbs, task_arithmetic, CRUMBS),
+    "breadcrumbs-ties": after(crumbs, election, CRUMBS),
+    "consensus": after(agreed, task_arithmetic, ("tall", "agree", "multitask")),
+    "quadratic": linear(lambda names, weights=None, anchor=0.0: (w := given(weights, names)) / (w.sum() + anchor)),
+}
+W = {"e0": 0.5, "e1": 2.0, "e2": -0.25}
+
+CASES = {
+    "average": [{}, {"weights": W}, {"weights": W, "normalize": False}],
+    "task-arithmetic": [{}, {"scale": -1.5}, {"scale": 1, "weights": W}],
+    "negation": [{}, {"scale": 0.3}],
+    "analogy": [{}, {"scale": 0.7}, {"a": "e2", "b": "e0", "c": "e1"}],
+    "paint": [{}, {"alpha": 0.25}, {"alpha": 0.1, "weights": {"e1": 0.6}}],
+    "wise-ft": [{}, {"alpha": 0.25}],
+    "expo": [{}, {"alpha": 0.25}],
+    "swa": [{}, {"first": 1, "every": 2}],
+    "ema": [{}, {"decay": 0.5, "start": "base"}],
+    "ties": [
+        {},
+        {"trim": "tensor", "density": 0.5, "zero": "plus", "scale": 1.0},
+        {"trim": "tensor", "density": 0.01, "merge": "sum"},
+        {"density": 0.3, "merge": "sum", "zero": "majority"},
+        {"density": 1.0, "weights": W},
+        {"density": 1e-9, "scale": 1},
+    ],
+    "magmax": [{}, {"scale": -1.0}],
+    "emr": [{}, {"scale": 0.3}],
+    "dare": [{}, {"density": 0.5, "rescale": "l1", "seed": 3}, {"rescale": "none", "weights": W}, {"density": 1.0}],
+    "dare-ties": [{}, {"density": 0.5, "rescale": "l1", "zero": "plus"}, {"density": 0.25, "merge": "sum", "seed": 9}],
+    "della": [
+        {},
+        {"window": "symmetric", "rescale": "l1", "zero": "plus", "seed": 5},
+    ],
+    "della-linear": [
+        {},
+        {"density": 0.9, "epsilon": 0.1, "window": "symmetric"},
+        {"density": 0.1, "epsilon": 0.2},
+        {"rescale": "none"},
+        {"density": 1.0},
+    ],
+    "breadcrumbs": [{}, {"density": 0.9, "top": 0.3, "scale": 1.0}, {"density": 0.5, "top": 0.0}, {"density": 1.0}],
+    "breadcrumbs-ties": [{}, {"density": 0.6, "top": 0.1, "merge": "sum", "zero": "plus"}],
+    "consensus": [{}, {"tall": 1.0, "agree": 1, "multitask": 0.3}, {"agree": 3}],
+    "quadratic": [{}, {"weights": {"e0": 0.5, "e1": 2.0}, "anchor": 1.5}],
+}
+"""Options that each method is tried with: the defaults first, then what its variants need."""
+
+EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2}
+"""Methods for a certain number of experts."""
+
+ORDERED = {"analogy", "swa", "ema", "slerp"}
+"""Methods for which the order of the experts means something."""
+
+SUMMING: dict[str, float] = {}
+"""Methods whose coefficients are sums over many entries, and the relative error that another order of them may make."""
+
+INEXACT: set[str] = set()
+"""Methods that decompose whole tensors, or interpolate weights themselves: entries of 0 may come out as rounding."""
+
+
+def pytest_generate_tests(metafunc):
+    """Run a test on every registered method without statistics (`method`), or with each set of options (`case`)."""
+    methods = [name for name, entry in MERGES.items() if not entry.needs]
+    if "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", methods)
+    if "case" in metafunc.fixturenames:
+        found = [(name, options) for name in methods for options in CASES.get(name, [{}])]
+        metafunc.parametrize(
+            "case", found, ids=lambda case: f"{case[0]}({', '.join(f'{k}={v}' for k, v in case[1].items())})"
+        )
+
+
+@pytest.fixture(scope="session")
+def sampled():
+    """Factory of states, kept."""
+    kept = {}
+
+    def make(kind="normal", n=4, dtype="float32"):
+        key = kind, n, dtype
+        if key not in kept:
+            kept[key] = states(*key)
+        return kept[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def oracle(sampled):
+    """Factory: (pool, merged tensors by the reference) of a method with options."""
+
+    def make(name, options, kind="normal", n=4, dtype="float32", **pool):
+        base, experts = sampled(kind, n, dtype)
+        plain, taus = arrays(base, experts)
+        wanted = REFERENCES[name](plain, taus, list(experts), **options)
+        return Pool.from_state_dicts(base, experts, **pool), wanted
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tables():
+    """What this file knows of the methods."""
+    return SimpleNamespace(
+        references=REFERENCES,
+        cases=CASES,
+        experts=EXPERTS,
+        ordered=ORDERED,
+        summing=SUMMING,
+        inexact=INEXACT,
+        same=same,
+        states=states,
+        arrays=arrays,
+    )
