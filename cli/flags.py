@@ -38,6 +38,13 @@ pool_flags = _apply(
         click.option("--include", multiple=True, metavar="PATTERN", help="Merge only matching tensors. Repeatable."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching tensors alone. Repeatable."),
         click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename a prefix of keys. Repeatable."),
+        click.option(
+            "--transform",
+            "transforms",
+            multiple=True,
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Transform the task vectors, such as trim:density=0.2 (see `list transforms`). Repeatable, in order.",
+        ),
         click.option("--backend", metavar="KIND", help="streaming, resident, or auto (by memory; the default)."),
         click.option("--device", metavar="DEVICE", help="cpu (default) or cuda."),
     ]
@@ -82,6 +89,23 @@ def pool_fields(flags: Mapping[str, Any], *, zoo: bool) -> dict[str, Any]:
     for name in ("backend", "device"):
         if flags.get(name):
             fields[name] = flags[name]
+    if flags.get("transforms"):
+        fields["transforms"] = [named_options(text, "--transform") for text in flags["transforms"]]
+    return fields
+
+
+def named_options(text: str, option: str) -> dict[str, Any]:
+    """A name with options, `NAME[:KEY=VALUE,...]`, as a recipe has it; values are YAML."""
+    name, _, rest = text.partition(":")
+    fields: dict[str, Any] = {"name": name}
+    for pair in rest.split(",") if rest else ():
+        key, separator, value = pair.partition("=")
+        if not separator or not key or not value:
+            raise UsageProblem(f"{option} '{text}': expected NAME, or NAME:KEY=VALUE,KEY=VALUE.")
+        try:
+            fields[key] = from_yaml(value)
+        except yaml.YAMLError:
+            raise UsageProblem(f"{option} '{text}': the value of '{key}' is not YAML.") from None
     return fields
 
 

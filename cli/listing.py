@@ -9,7 +9,7 @@ import click
 from .flags import json_flag
 from .names import choose
 
-KINDS = ("solvers", "rules", "domains", "objectives", "presets")
+KINDS = ("solvers", "rules", "domains", "objectives", "presets", "methods", "transforms")
 
 
 def entries(kind: str) -> list[dict[str, str]]:
@@ -18,6 +18,14 @@ def entries(kind: str) -> list[dict[str, str]]:
         from ..objectives.registry import OBJECTIVES
 
         return [_entry(name, entry) for name, entry in OBJECTIVES.items()]
+    if kind == "methods":
+        from ..solvers.closed_form.registry import MERGES
+
+        return [_entry(name, entry) for name, entry in MERGES.items()]
+    if kind == "transforms":
+        from ..pools.transforms import TRANSFORMS
+
+        return [_entry(name, entry) for name, entry in TRANSFORMS.items()]
     from ..solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
 
     if kind == "presets":
@@ -43,7 +51,8 @@ def _entry(name: str, entry: Any) -> dict[str, str]:
 @click.argument("kind", required=False, metavar="[KIND]")
 @json_flag
 def command(kind: str | None, as_json: bool) -> None:
-    """List what can be named: solvers, rules (step rules), domains, objectives, presets; all of them without KIND.
+    """List what can be named: solvers, rules (step rules), domains, objectives, presets; methods of `merge`;
+    transforms of a pool. All of them without KIND.
 
     \b
     Examples:

@@ -53,7 +53,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class PoolPart:
-    """The checkpoints: a base and experts (name -> path, or paths and globs); with the zoo, names of experts only."""
+    """The checkpoints: a base and experts (name -> path, or paths and globs); with the zoo, names of experts only.
+
+    transforms: what is done to the task vectors, first to last (trim, dare, ...): names, or mappings with options.
+    """
 
     base: str | None = None
     experts: dict[str, str] | tuple[str, ...] = ()
@@ -63,6 +66,7 @@ class PoolPart:
     dtype: str | None = None
     backend: str = "auto"
     device: str = "cpu"
+    transforms: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)

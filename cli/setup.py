@@ -36,6 +36,7 @@ class Setup:
         same = {
             "zoo": recipe.zoo == self.recipe.zoo,
             "pool": (recipe.zoo, recipe.pool) == (self.recipe.zoo, self.recipe.pool),
+            "checkpoints": (recipe.zoo, recipe.pool) == (self.recipe.zoo, self.recipe.pool),
             "model": (recipe.zoo, recipe.pool, recipe.model) == (self.recipe.zoo, self.recipe.pool, self.recipe.model),
         }
         for name, shared in same.items():
@@ -52,7 +53,18 @@ class Setup:
 
     @cached_property
     def pool(self) -> Pool:
-        """The checkpoints, opened and checked."""
+        """The pool that is merged: the checkpoints after the recipe's transforms."""
+        from ..pools.transforms import make_transform
+
+        made = [make_transform(choice.plain()) for choice in self.recipe.pool.transforms]
+        pool = self.checkpoints
+        for transform in made:
+            pool = pool.transform(transform)
+        return pool
+
+    @cached_property
+    def checkpoints(self) -> Pool:
+        """The checkpoints as they are, opened and checked."""
         from ..pools import BACKENDS, Pool
         from ..pools.spec import expand_experts
 
@@ -113,7 +125,7 @@ class Setup:
         if self.recipe.pool.base is not None:
             # Tensors that all models share are not merged: they must be the base's, not the constructor's.
             try:
-                module.load_state_dict(self.pool.base_weights(), strict=False)
+                module.load_state_dict(self.checkpoints.base_weights(), strict=False)
             except RuntimeError as error:
                 raise UsageProblem(f"model: the base does not fit the module of '{spec}': {told(error)}") from error
         return OwnModel(module.to(self.recipe.pool.device))
@@ -206,14 +218,12 @@ class Setup:
     def _teacher(self, part: TaskPart) -> Callable[[], Any]:
         name = part.teacher or part.name
         if name == "base":
-            return lambda: merged_base(self.pool)
-        if name not in self.pool.names:
-            where = f"task '{part.name}'"
-            raise UsageProblem(
-                f"{unknown('teacher', name, ['base', *self.pool.names], where=where)} Name one with 'teacher:' in the "
-                "recipe."
-            )
-        return lambda: one_expert(self.pool, name)
+            return lambda: merged_base(self.checkpoints)
+        if name not in self.checkpoints.names:
+            known = ["base", *self.checkpoints.names]
+            message = unknown("teacher", name, known, where=f"task '{part.name}'")
+            raise UsageProblem(f"{message} Name one with 'teacher:' in the recipe.")
+        return lambda: one_expert(self.checkpoints, name)
 
     @cached_property
     def problem(self) -> Problem:
@@ -249,6 +259,8 @@ class Setup:
         from ..solvers import DOMAINS
 
         self.solver  # noqa: B018 (made for its errors)
+        for choice in self.recipe.pool.transforms:
+            check_transform(choice)
         choose("domain", self.recipe.domain.name, DOMAINS)
         check_domain_options(self.recipe.domain)
         for choice in self.recipe.objectives:
@@ -324,6 +336,13 @@ def check_blocks(kind: str | tuple[str, ...]) -> None:
             f"{unknown('block kind', kind, BLOCK_KINDS)} If a pattern is meant, write it so that it is no plain word: "
             f"--blocks '({kind})'."
         )
+
+
+def check_transform(choice: Choice) -> None:
+    """Refuse a transform that does not exist; its options are checked when it is made, which needs torch."""
+    from ..pools.transforms import TRANSFORMS
+
+    choose("transform", choice.name, TRANSFORMS)
 
 
 def check_domain_options(domain: Choice) -> None:

@@ -363,6 +363,11 @@ class Pool:
             return self._resident, self._workers
         return self._source, self._workers
 
+    def stream(self) -> tuple[TaskVectors, Workers]:
+        """Return the same for single passes: experts are read as they come unless they are in memory already."""
+        loaded: Resident | None = self.__dict__.get("_resident")
+        return self._source if loaded is None else loaded, self._workers
+
     def blocks(self, kind: str | Sequence[str]) -> Blocks:
         """Partition the merged tensors by "model", "layer", "tensor", "row", or regular expressions (first match)."""
         return make_blocks(kind, self.tensors)
@@ -442,7 +447,7 @@ class Pool:
         if not chosen or len(set(chosen)) != len(chosen):
             raise PoolError(f"pool: a subset needs at least one expert, each once; got {chosen}.")
         index = [self.names.index(name) for name in chosen]
-        return self._derived(chosen, lambda _: Selected(self._upstream(), index), self._lineage)
+        return self._derived(chosen, lambda _: Selected(self.stream()[0], index), self._lineage)
 
     def restrict(self, tensors: Collection[str]) -> Pool:
         """Return the pool in which only these merged tensors are merged; the others keep the base's values."""
@@ -458,7 +463,7 @@ class Pool:
             dtype=self.dtype,
             backend=self.backend,  # type: ignore[arg-type]
             device=self.device,
-            source=lambda _: Narrowed(self._upstream(), shapes),
+            source=lambda _: Narrowed(self.stream()[0], shapes),
             lineage=self._lineage,
         )
 
@@ -474,19 +479,15 @@ class Pool:
             made, label = fn, label or fn.label
             return self._derived(
                 self.names,
-                lambda workers: Prepared(self._upstream(), workers, made, self.names),
+                lambda workers: Prepared(self.stream()[0], workers, made, self.names),
                 (*self._lineage, label),
             )
         if not isinstance(label, str) or not label:
             raise PoolError(f"pool: a transform needs a label that says what it does; got {label!r}.")
         function, said = fn, label
         return self._derived(
-            self.names, lambda _: Transformed(self._upstream(), function, said), (*self._lineage, label)
+            self.names, lambda _: Transformed(self.stream()[0], function, said), (*self._lineage, label)
         )
-
-    def _upstream(self) -> TaskVectors:
-        loaded: Resident | None = self.__dict__.get("_resident")
-        return self._source if loaded is None else loaded
 
     def _derived(
         self, names: Sequence[str], source: Callable[[Workers], TaskVectors], lineage: tuple[str, ...]

@@ -357,6 +357,11 @@ def _place(pool: Pool, expert: str, kind: str, files: Files | None) -> Path:
         if not folder.is_dir():
             raise PoolError(f"pool: there is no folder {folder} with statistics. {_remedy(kind, expert)}")
         return folder / statistics_name(expert, kind)
+    return beside(pool, expert, kind)
+
+
+def beside(pool: Pool, expert: str, kind: str) -> Path:
+    """Return where the statistics of an expert are unless told; raise PoolError for an expert in memory."""
     label = _label(pool, expert)
     if not Path(label).exists():
         raise PoolError(

@@ -50,6 +50,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start": "task-arithmetic:0.3",
         "max_iter": 500,
     },
+    "adamerging++": {
+        "summary": "AdaMerging++: AdaMerging on task vectors trimmed and sign-elected as TIES does (Yang et al. 2024)",
+        "pool": {"transforms": [{"name": "trim", "density": 0.2, "per": "model"}, {"name": "elect"}]},
+        "objective": {"name": "entropy", "batch_size": 16},
+        "blocks": "tensor",
+        "domain": "free",
+        "solver": {"name": "adaptive", "lr": 1e-3},
+        "start": "task-arithmetic:0.3",
+        "max_iter": 500,
+    },
     "fw-hard": {
         "summary": "FW-Merging, hard: layer-wise oracle, line search, from the average (Chen et al. 2025)",
         "objective": {"name": "cross-entropy"},

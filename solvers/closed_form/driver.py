@@ -138,7 +138,7 @@ def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Cal
         )
     for transform in merge.transforms():
         pool = pool.transform(transform)
-    source, workers = pool.engine()
+    source, workers = pool.stream()
     if isinstance(merge, Linear):
         matrix, blocks = merge.coefficients(pool)
         if not np.isfinite(matrix).all():

@@ -79,7 +79,7 @@ class SignMerge(Merge):
 
 def majority(pool: Pool, weights: torch.Tensor) -> float:
     """Return the sign of the sum over all entries of the signs of the totals: +1, −1 or 0. One pass."""
-    source, workers = pool.engine()
+    source, workers = pool.stream()
     sizes = {name: prod(shape) for name, shape in pool.tensors.items()}
     limit = workers.limit // 4
     items = [(name, a, min(a + limit, size)) for name, size in sizes.items() for a in range(0, size, limit)]

@@ -12,7 +12,9 @@ import torch
 import yaml
 from mergesolve.cli.demo import LABELS, METHODS, spread
 from mergesolve.objectives.registry import OBJECTIVES
+from mergesolve.pools.transforms import TRANSFORMS
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
+from mergesolve.solvers.closed_form import MERGES
 from safetensors.torch import load_file, save_file
 
 from .conftest import NAMES, recipe_fields
@@ -154,10 +156,12 @@ def test_list_names_every_entry_of_every_registry_once(run):
         "domains": list(DOMAINS),
         "objectives": list(OBJECTIVES),
         "presets": list(PRESETS),
+        "methods": list(MERGES),
+        "transforms": list(TRANSFORMS),
     }
 
 
-@pytest.mark.parametrize("kind", ["solvers", "rules", "domains", "objectives", "presets"])
+@pytest.mark.parametrize("kind", ["solvers", "rules", "domains", "objectives", "presets", "methods", "transforms"])
 def test_list_has_one_line_for_each_and_a_source_for_each_method(kind, run):
     entries = json.loads(run("list", kind, "--json").stdout)[kind]
     printed = run("list", kind).stdout
