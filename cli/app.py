@@ -118,6 +118,7 @@ COMMANDS = {
     "solve": ("solve", "command", "Merge: find the coefficients that minimize an objective."),
     "evaluate": ("evaluate", "command", "Top-1 accuracy of checkpoints and runs on tasks."),
     "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
+    "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
     "materialize": ("materialize", "command", "Write the merged checkpoint of a run."),
     "plot": ("plot", "command", "Draw runs: coefficients, convergence, steps, vertices."),
     "list": ("listing", "command", "Solvers, step rules, domains, objectives, presets, methods, transforms."),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -37,6 +37,7 @@ ESTIMATORS = ("exact", "sampled", "empirical")
 
 ROWS = 4096  # of one product in single precision; their sum is in double precision
 PATCHES = 1 << 24  # elements of unfolded patches at a time
+SMALL = 1 << 24  # gradient elements in a pass, below which threads wait for each other more than they compute
 
 Progress = Callable[[str, int, int], Any]
 """progress(task name, samples done, samples in all)"""
@@ -130,7 +131,13 @@ def fisher_diagonal(
     if not sums:
         raise DataError(f"{owner}: the weights hold no parameter of the model, so there is nothing to differentiate.")
     draws = np.random.default_rng([seed, 0xF15EE]).random(len(task))
-    with torch.inference_mode(False), torch.enable_grad(), frozen_randomness(seed, None, model.device):
+    small = model.device.type == "cpu" and size * sum(tensor.numel() for tensor in sums.values()) < SMALL
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        frozen_randomness(seed, None, model.device),
+        _one_thread() if small else nullcontext(),
+    ):
         for chunk in _chunks(task, size, progress):
             with readable_out_of_memory(len(chunk), task.name, model.device), _through_vmap(size):
                 _add_squares(model, tensors, task, chunk, estimator, draws[chunk], sums)
@@ -214,6 +221,16 @@ def _squares_into(total: Tensor, together: bool) -> Callable[[Tensor], None]:
         total.add_(squares.sum(dim=0) if together else squares)
 
     return hook
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
