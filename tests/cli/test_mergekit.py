@@ -16,10 +16,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mergesolve.cli.mergekit import distinct_names, from_mergekit
+from mergesolve.cli.mergekit_methods import METHODS as METHODS_OF_MERGEKIT
 from mergesolve.cli.names import UsageProblem
 from mergesolve.cli.recipe import from_yaml
 from mergesolve.pools import Pool
-from mergesolve.solvers.closed_form import make_merge, merge_weights
+from mergesolve.solvers.closed_form import MERGES, make_merge, merge_weights
 
 LAYERS = 4
 TENSORS = (
@@ -614,3 +615,19 @@ def test_gradients_need_one_stack_of_layers(config, tmp_path):
     spec = TIES | {"base_model": str(tmp_path), "parameters": {"lambda": [0, 1]}}
     with pytest.raises(UsageProblem, match="one stack of layers"):
         from_mergekit(spec, "recipe")
+
+
+def test_the_docs_say_which_methods_there_are_and_show_a_recipe_that_is_one(folder):
+    text = (Path(__file__).parents[2] / "docs/own-models.md").read_text(encoding="utf-8")
+    section = text.split("## Coming from mergekit")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```\n(.*?)```", section, re.DOTALL)
+    spec = from_yaml(block)
+    with pytest.raises(UsageProblem, match=r"config\.json"):
+        from_mergekit(spec, "recipe")
+    recipe = from_mergekit({**spec, "base_model": "m/base"}, "recipe", folder=folder)
+    assert recipe["dtype"] == "bfloat16"
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    theirs = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    ours = [name for row in rows for name in re.findall(r"`([\w-]+)`", row[1])]
+    assert theirs == list(METHODS_OF_MERGEKIT)
+    assert set(ours) <= set(MERGES)
