@@ -116,8 +116,8 @@ COMMANDS = {
     "zoo": ("zoo", "group", "Build the embedded benchmark, or say what is in it."),
     "pool": ("pool", "group", "Look into a pool of checkpoints before merging it."),
     "solve": ("solve", "command", "Merge: find the coefficients that minimize an objective."),
+    "merge": ("merge", "command", "Merge in closed form: average, TIES, DARE, Fisher, ..."),
     "evaluate": ("evaluate", "command", "Top-1 accuracy of checkpoints and runs on tasks."),
-    "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
     "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
     "materialize": ("materialize", "command", "Write the merged checkpoint of a run."),
     "plot": ("plot", "command", "Draw runs: coefficients, convergence, steps, vertices."),
@@ -140,5 +140,6 @@ def main() -> None:
       mergesolve demo
       mergesolve pool inspect --base base.safetensors --expert 'experts/*.safetensors'
       mergesolve solve --zoo --task digits --task shapes --preset fw-soft
-      mergesolve list solvers
+      mergesolve merge ties --pool pool.yaml --scale 0.3 --out ties.safetensors
+      mergesolve list methods
     """

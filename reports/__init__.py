@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .figures import FIGURES, cosines, save_figure, save_figures
     from .palette import Palette
     from .run import Run, RunError, read_run, read_runs
+    from .scans import scan_curve
     from .tables import AccuracyRow, AccuracyTable
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "read_runs",
     "save_figure",
     "save_figures",
+    "scan_curve",
 ]
 
 _MODULES = {
@@ -38,6 +40,7 @@ _MODULES = {
     "cosines": "figures",
     "read_run": "run",
     "read_runs": "run",
+    "scan_curve": "scans",
     "save_figure": "figures",
     "save_figures": "figures",
 }

@@ -1,0 +1,171 @@
+"""A closed-form merge from a recipe: plan it, scan it, write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .names import UsageProblem
+from .recipe import Choice, ModelPart, PoolPart, Recipe, TaskPart
+from .setup import Setup, check_transform
+
+if TYPE_CHECKING:
+    from ..objectives import Task
+    from ..pools import Pool, Statistics
+    from ..solvers.closed_form import Merge, Plan
+    from ..solvers.closed_form.scan import Scan
+
+
+@dataclass(frozen=True)
+class Override:
+    """Tensors whose names this regular expression finds take that method instead."""
+
+    match: str
+    method: Choice
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """A closed-form merge, completely.
+
+    out: a .safetensors file or a folder. statistics: a folder with files NAME.fisher.safetensors or
+    NAME.gram.safetensors, or a mapping of experts to files; unless given they lie beside the experts. scan: option ->
+    values to try on the tasks. zoo, pool, model, tasks, split and limit are those of a solve recipe.
+    """
+
+    method: Choice
+    zoo: bool | str = False
+    pool: PoolPart = field(default_factory=PoolPart)
+    overrides: tuple[Override, ...] = ()
+    statistics: str | dict[str, str] | None = None
+    scan: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    model: ModelPart = field(default_factory=ModelPart)
+    tasks: tuple[TaskPart, ...] = ()
+    split: str = "validation"
+    limit: int | None = None
+    out: str | None = None
+    dtype: str | None = None
+    max_shard_size: float = 5e9
+
+    def setup(self) -> Setup:
+        """The live pool, model and tasks. Experts are streamed unless the recipe says otherwise: each is read once."""
+        pool = self.pool if self.pool.backend != "auto" else replace(self.pool, backend="streaming")
+        return Setup(
+            Recipe(zoo=self.zoo, pool=pool, model=self.model, tasks=self.tasks, split=self.split, limit=self.limit)
+        )
+
+
+@dataclass
+class Merging:
+    """A recipe with its live objects."""
+
+    recipe: MergeRecipe
+    setup: Setup
+    merge: Merge
+    overrides: list[tuple[str, Merge]]
+
+    @classmethod
+    def of(cls, recipe: MergeRecipe) -> Merging:
+        """Check names and options before any file is opened, then the pool's headers."""
+        from ..solvers.closed_form import make_merge
+
+        merge = make_merge(recipe.method.plain())
+        overrides = [(override.match, make_merge(override.method.plain())) for override in recipe.overrides]
+        for choice in recipe.pool.transforms:
+            check_transform(choice)
+        if recipe.scan and not recipe.tasks:
+            raise UsageProblem(
+                "a scan needs labelled data to choose by: give --task NAME (zoo) or --task NAME=DATA with --model."
+            )
+        return cls(recipe, recipe.setup(), merge, overrides)
+
+    @property
+    def pool(self) -> Pool:
+        """The pool after the recipe's transforms."""
+        return self.setup.pool
+
+    def plan(self) -> Plan:
+        """What the merge will read, write and hold."""
+        from ..solvers.closed_form import plan
+
+        return plan(self.pool, self.merge, overrides=self.overrides, dtype=self.recipe.dtype)
+
+    def statistics(self) -> Statistics | None:
+        """The statistics that the method needs, checked against the experts."""
+        from ..pools import Statistics
+
+        kinds = {merge.statistics for merge in (self.merge, *(other for _, other in self.overrides))} - {None}
+        if not kinds:
+            if self.recipe.statistics is not None:
+                raise UsageProblem(
+                    f"the method '{self.recipe.method.name}' uses no statistics; leave out --statistics."
+                )
+            return None
+        if len(kinds) > 1:
+            raise UsageProblem(f"the method and its overrides need {' and '.join(sorted(map(str, kinds)))}; take one.")
+        return Statistics.open(self.pool, str(kinds.pop()), self.recipe.statistics)
+
+    def scan(self, progress: Any = None) -> Scan:
+        """Try the grid on the tasks; the merge becomes the best."""
+        from ..objectives import evaluate
+        from ..solvers.closed_form.scan import scan
+
+        if self.overrides:
+            raise UsageProblem("a scan changes one method's options; leave out the overrides, or the scan.")
+        model, tasks = self.setup.model, self.setup.tasks
+        for task in tasks:
+            if task.labels is None:
+                raise UsageProblem(f"a scan needs labels, and the task '{task.name}' has none.")
+        grid: Mapping[str, Sequence[float]] = self.recipe.scan
+        done = scan(
+            self.pool, self.merge, grid, lambda weights: evaluate(model, weights, tasks), self.statistics(), progress
+        )
+        self.merge = done.merge
+        return done
+
+    def write(self, out: Path, metadata: Mapping[str, str], progress: Any = None) -> list[Path]:
+        """Write the merged model."""
+        from ..solvers.closed_form import write_merge
+
+        return write_merge(
+            self.pool,
+            self.merge,
+            out,
+            statistics=self.statistics(),
+            overrides=self.overrides,
+            dtype=self.recipe.dtype,
+            max_shard_size=self.recipe.max_shard_size,
+            metadata=metadata,
+            progress=progress,
+        )
+
+
+def scan_record(found: Scan, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What a scan tried, what it chose, and on which data, as JSON has it."""
+    from ..solvers.closed_form import describe_merge
+
+    return {
+        "method": describe_merge(found.merge),
+        "chosen": dict(found.best.options),
+        "mean": found.best.mean,
+        "data": [
+            {"task": task.name, "split": task.split, "samples": len(task), "fingerprint": task.fingerprint}
+            for task in tasks
+        ],
+        "trials": [{"options": dict(trial.options), "scores": dict(trial.scores)} for trial in found.trials],
+    }
+
+
+def write_scan(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write scan.json and the curve as PNG and SVG."""
+    from ..reports import save_figure, scan_curve
+
+    folder.mkdir(parents=True, exist_ok=True)
+    place, part = folder / "scan.json", folder / ".scan.json.part"
+    part.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.replace(place)
+    title = str(record["method"]["name"])
+    return [place, *save_figure(lambda: scan_curve(record["trials"], title), folder / "scan")]
