@@ -77,6 +77,7 @@ class Part:
         """
         limit = self._scratch.limit
         if self.size <= limit and self.device.type == "cpu":
+            _ = self.base  # which every rule takes: read once, not again for the differences
             stack = self._scratch.stack(self.n, self.size)
         else:
             stack = torch.empty(self.n, self.size, device=self.device)

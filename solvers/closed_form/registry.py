@@ -167,6 +167,26 @@ MERGES: dict[str, Entry] = {
         "Tam et al. (2024), Merging by Matching Models in Task Parameter Subspaces (MaTS)",
         "gram",
     ),
+    "metagpt": Entry(
+        "norms:MetaGPT",
+        "The average weighted by the squared norms of the task vectors.",
+        "Zhou et al. (2024), MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic",
+    ),
+    "model-stock": Entry(
+        "norms:ModelStock",
+        "Between base and average, tensor by tensor, as far as the angle between task vectors says.",
+        "Jang et al. (2024), Model Stock: All We Need Is Just a Few Fine-Tuned Models",
+    ),
+    "slerp": Entry(
+        "spherical:Slerp",
+        "Two experts: along the arc from one to the other, tensor by tensor.",
+        "Shoemake (1985), Animating Rotation with Quaternion Curves",
+    ),
+    "spherical-mean": Entry(
+        "spherical:SphericalMean",
+        "The direction nearest to all, with the mean norm, tensor by tensor.",
+        "Buss and Fillmore (2001), Spherical Averages; Karcher (1977)",
+    ),
 }
 
 

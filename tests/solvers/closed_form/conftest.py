@@ -275,6 +275,66 @@ def after(transform, merge, own, *, named=False):
     return reference
 
 
+def metagpt(base, taus, names):
+    squares = sum((rows.reshape(len(names), -1) ** 2).sum(1) for rows in taus.values())
+    return {name: base[name] + np.tensordot(squares / squares.sum(), taus[name], 1) for name in base}
+
+
+def model_stock(base, rows, average="cosine"):
+    n = len(rows)
+    if n == 1:
+        return base + rows[0]
+    flat = rows.reshape(n, -1)
+    found = []
+    for i in range(n):
+        for j in range(i):
+            length = np.linalg.norm(flat[i]) * np.linalg.norm(flat[j])
+            found.append(np.clip(flat[i] @ flat[j] / length, -1, 1) if length > 0 else 0.0)
+    cosine = np.mean(found) if average == "cosine" else np.cos(np.mean(np.arccos(found)))
+    below = 1 + (n - 1) * cosine
+    return base + (0 if abs(below) < 1e-6 else n * cosine / below) * rows.mean(0)
+
+
+def slerp(base, rows, t=0.5, of="weights", parallel=0.9995):
+    """On the vectors themselves: the angle by arctan2 of sine and cosine parts, not by arccos."""
+    one, other = (base + rows) if of == "weights" else rows
+    length = np.linalg.norm(one) * np.linalg.norm(other)
+    angle = np.pi / 2
+    if length > 0:
+        u, v = one / np.linalg.norm(one), other / np.linalg.norm(other)
+        angle = 2 * np.arctan2(np.linalg.norm(u - v), np.linalg.norm(u + v))
+    if abs(np.cos(angle)) > parallel:
+        found = (1 - t) * one + t * other
+    else:
+        found = (np.sin((1 - t) * angle) * one + np.sin(t * angle) * other) / np.sin(angle)
+    return found if of == "weights" else base + found
+
+
+def spherical_mean(base, rows, of="weights"):
+    """Minimize the sum of squared angles over the sphere by Buss and Fillmore's iteration, on vectors."""
+    vectors = (rows + base if of == "weights" else rows).reshape(len(rows), -1)
+    norms = np.linalg.norm(vectors, axis=1)
+    units = vectors[norms > 0] / norms[norms > 0, None]
+    if len(units) == 0:
+        return base if of == "task-vectors" else 0 * base
+    chord = units.mean(0)
+    if np.linalg.norm(chord) < 1e-8 or (units @ chord).min() <= 0:
+        found = vectors.mean(0)
+    else:
+        point = chord / np.linalg.norm(chord)
+        for _ in range(1000):
+            angles = np.arccos(np.clip(units @ point, -1, 1))
+            across = units - np.outer(units @ point, point)
+            lengths = np.linalg.norm(across, axis=1)
+            steps = np.divide(angles, lengths, out=np.zeros_like(angles), where=lengths > 1e-12)
+            tangent = (steps[:, None] * across).mean(0)
+            size = np.linalg.norm(tangent)
+            if size > 0:
+                point = np.cos(size) * point + np.sin(size) * tangent / size
+        found = norms.mean() * point
+    return found.reshape(base.shape) + (base if of == "task-vectors" else 0)
+
+
 DARE = ("density", "rescale", "seed")
 DELLA = ("density", "epsilon", "rescale", "window", "seed")
 CRUMBS = ("density", "top")
@@ -305,6 +365,10 @@ REFERENCES = {
     "breadcrumbs": after(crumbs, task_arithmetic, CRUMBS),
     "breadcrumbs-ties": after(crumbs, election, CRUMBS),
     "consensus": after(agreed, task_arithmetic, ("tall", "agree", "multitask")),
+    "metagpt": metagpt,
+    "model-stock": per_tensor(model_stock),
+    "slerp": per_tensor(slerp),
+    "spherical-mean": per_tensor(spherical_mean),
     "quadratic": linear(lambda names, weights=None, anchor=0.0: (w := given(weights, names)) / (w.sum() + anchor)),
 }
 W = {"e0": 0.5, "e1": 2.0, "e2": -0.25}
@@ -345,6 +409,10 @@ CASES = {
     "breadcrumbs": [{}, {"density": 0.9, "top": 0.3, "scale": 1.0}, {"density": 0.5, "top": 0.0}, {"density": 1.0}],
     "breadcrumbs-ties": [{}, {"density": 0.6, "top": 0.1, "merge": "sum", "zero": "plus"}],
     "consensus": [{}, {"tall": 1.0, "agree": 1, "multitask": 0.3}, {"agree": 3}],
+    "metagpt": [{}],
+    "model-stock": [{}, {"average": "angle"}],
+    "slerp": [{}, {"t": 0.25, "of": "task-vectors"}, {"t": 1.0, "parallel": 0.0}],
+    "spherical-mean": [{}, {"of": "task-vectors"}],
     "quadratic": [{}, {"weights": {"e0": 0.5, "e1": 2.0}, "anchor": 1.5}],
 }
 """Options that each method is tried with: the defaults first, then what its variants need."""
@@ -355,11 +423,11 @@ EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2}
 ORDERED = {"analogy", "swa", "ema", "slerp"}
 """Methods for which the order of the experts means something."""
 
-SUMMING: dict[str, float] = {}
+SUMMING: dict[str, float] = dict.fromkeys(["metagpt", "model-stock", "slerp", "spherical-mean"], 1e-6)
 """Methods whose coefficients are sums over many entries, and the relative error that another order of them may make."""
 
-INEXACT: set[str] = set()
-"""Methods that decompose whole tensors, or interpolate weights themselves: entries of 0 may come out as rounding."""
+INEXACT: dict[str, float] = {"slerp": 1e-6, "spherical-mean": 1e-3}
+"""Methods by which entries that are the same in all models change: by rounding, or with the norm of the tensor."""
 
 
 def pytest_generate_tests(metafunc):
