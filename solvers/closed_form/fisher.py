@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 
 from ...pools import Pool
 from ...pools.sources import Scratch
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 class Fisher(Merge):
     """θ = Σ w_t F_t θ_t / Σ w_t F_t with diagonal Fishers; where all of them are 0, the average.
 
-    floor: smaller entries of F_t count as this. ridge: added to every entry. normalize: F_t is divided by its norm over
-    all tensors, so that no expert dominates by the scale of its gradients. The authors' code: floor=1e-6,
+    floor: smaller entries of F_t count as this. ridge: added to every entry. normalize: F_t is then divided by its norm
+    over all tensors, so that no expert dominates by the scale of its gradients. The authors' code: floor=1e-6,
     normalize=True; FusionBench: ridge=1e-6, normalize=True (by norms plus 1e-6).
     """
 
@@ -52,10 +53,16 @@ class Fisher(Merge):
         """Return the weighted mean's rule."""
         found = need(statistics, "fisher", self)
         weights = masses(self.weights, pool, self)
+        factors = np.ones(pool.n)
         if self.normalize:
             norms = np.sqrt(moments(pool, found)[:, 1])
-            weights = weights / np.where(norms > 0, norms / norms.max(initial=0.0), 1.0)
-        return diagonal_rule(weights, ridge=self.ridge, floor=self.floor)
+            if norms.any():  # those of an expert whose Fishers are all 0 stay 0
+                factors = norms.max() / np.where(norms > 0, norms, norms.max())
+
+        def measure(fisher: torch.Tensor, expert: int) -> torch.Tensor:
+            return (fisher.clamp(min=self.floor) + self.ridge) * float(factors[expert])
+
+        return diagonal_rule(weights, measure=measure)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def diagonal(
     held = max(0.0, ridge * total + anchor)
     scale = pulls.amax(0).clamp_min_(held)
     nothing = scale == 0
-    scale = torch.where(nothing, 1, scale)
+    scale = torch.where(nothing, 1, scale.clamp_min_(torch.finfo(scale.dtype).tiny))
     pulls = torch.where(nothing, weights.unsqueeze(1), pulls / scale)
     norm = pulls.sum(0) + held / scale
     if ridge:
@@ -216,9 +216,17 @@ def point_rule(matrix: Matrix, blocks: Blocks) -> Rule:
 
 
 def diagonal_rule(
-    weights: Matrix, *, anchor: float = 0.0, ridge: float = 0.0, floor: float = 0.0, missing: float = 1.0
+    weights: Matrix,
+    *,
+    anchor: float = 0.0,
+    ridge: float = 0.0,
+    missing: float = 1.0,
+    measure: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> Rule:
-    """Return the rule of `diagonal` with Fishers of at least `floor`; a tensor without has `missing` in its place."""
+    """Return the rule of `diagonal` with Fishers, or with measure(Fisher, expert) in their place.
+
+    A tensor without Fishers has the constant `missing` (without ridge unless that is 0).
+    """
 
     def rule(part: Part) -> torch.Tensor:
         points = part.stack()
@@ -229,7 +237,7 @@ def diagonal_rule(
                 metrics.fill_(missing)
                 added = 0.0 if missing else ridge
                 break
-            torch.clamp(found, min=floor, out=row)
+            row.copy_(found if measure is None else measure(found, expert))
         return part.base + diagonal(points, metrics, _like(weights, points), anchor=anchor, ridge=added)
 
     return rule

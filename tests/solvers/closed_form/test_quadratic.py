@@ -351,6 +351,13 @@ def test_experts_without_weight_do_not_count_where_others_have_no_fisher():
     assert diagonal(points, metrics, torch.tensor([1.0, 0.0, 1.0])).tolist() == [4.0, 1.0]
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-38])
+def test_subnormal_metrics_and_priors_are_finite(size):
+    points, metrics = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([[size, 0.0], [0.0, 0.0]])
+    assert diagonal(points, metrics, torch.ones(2)).tolist() == [1.0, 1.5]
+    assert diagonal(points, 0 * metrics, torch.ones(2), ridge=size, anchor=-size).tolist() == pytest.approx([3, 3])
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_and_back(axis):
     values = torch.arange(24.0)
