@@ -118,6 +118,12 @@ class Stored:
         """Read the base."""
         return self._base[name](start, stop, scratch.base, scratch)
 
+    def expert(
+        self, name: str, expert: int, start: int, stop: int, scratch: Scratch, into: Buffer | None = None
+    ) -> torch.Tensor:
+        """Read elements [start, stop) of an expert itself, float32, flat; not to be written to."""
+        return self._experts[name][expert](start, stop, scratch.delta if into is None else into, scratch)
+
     def deltas(
         self,
         name: str,

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...pools import Pool, PoolError, Weights, operator
+from ...pools import Blocks, Pool, PoolError, Weights, operator
 from ...pools.pool import GROUP
-from ...pools.sources import Scratch
+from ...pools.sources import Scratch, Stored
+from ...pools.workers import Workers
 from ..errors import OptionError
-from .merge import Linear, Merge, Part
+from .merge import Linear, Matrix, Merge, Part
 from .registry import describe_merge
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _assigned(pool: Pool, merge: Merge, overrides: Overrides) -> list[tuple[Merg
 
 
 def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Callable[[int], None]) -> Merged:
+    merge.check(pool)
     if merge.statistics is not None and statistics is None:
         raise OptionError(
             f"{type(merge).__name__} needs {merge.statistics} statistics of every expert; make them with "
@@ -143,6 +145,9 @@ def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Cal
         matrix, blocks = merge.coefficients(pool)
         if not np.isfinite(matrix).all():
             raise PoolError(f"pool: the coefficients of {type(merge).__name__} are not all finite: {matrix.tolist()}.")
+
+        if isinstance(source, Stored) and _convex(matrix, blocks):
+            return _averaging(source, workers, matrix, blocks, count)
 
         def combined(names: Sequence[str]) -> Weights:
             found = operator.combine(source, workers, matrix, blocks, torch.device("cpu"), names=names)
@@ -176,6 +181,44 @@ def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Cal
             flat[name][start:stop] = rule(part).reshape(-1)
 
         workers.run(items, apply, then=lambda item, _: count(item[2] - item[1]), serial=source.serial)
+        return weights
+
+    return merged
+
+
+def _convex(matrix: Matrix, blocks: Blocks) -> bool:
+    """Tell whether every tensor is an average of the experts' tensors: one row, not negative, that sums to 1."""
+    whole = all(rows.stop - rows.start == 1 for rows in blocks.rows.values())
+    return whole and bool((matrix >= 0).all()) and bool((np.abs(matrix.sum(axis=1) - 1) < 1e-12).all())
+
+
+def _averaging(
+    source: Stored, workers: Workers, matrix: Matrix, blocks: Blocks, count: Callable[[int], None]
+) -> Merged:
+    """Return the merge by Σ_i λ_i θ_i as a running mean, which reads no base.
+
+    After expert k, m ← m + λ_k / (λ_1 + .. + λ_k) · (θ_k − m): where all experts are equal, m is what they are.
+    """
+
+    def merged(names: Sequence[str]) -> Weights:
+        weights = {name: torch.empty(source.shapes[name]) for name in names}
+        flat = {name: tensor.view(-1) for name, tensor in weights.items()}
+
+        def average(piece: operator.Piece, scratch: Scratch) -> None:
+            out = flat[piece.name][piece.start : piece.stop]
+            row = matrix[piece.rows.start]
+            first, *others = np.flatnonzero(row).tolist()
+            mean = source.expert(piece.name, first, piece.start, piece.stop, scratch, scratch.base)
+            total = row[first]
+            for expert in others:
+                total += row[expert]
+                value = source.expert(piece.name, expert, piece.start, piece.stop, scratch)
+                mean = torch.lerp(mean, value, row[expert] / total, out=out)
+            if not others:
+                out.copy_(mean)
+
+        work = operator.pieces(source, blocks, names, workers.limit)
+        workers.run(work, average, then=lambda piece, _: count(piece.stop - piece.start))
         return weights
 
     return merged
