@@ -21,7 +21,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 @pool_flags
 @click.option("--scale", type=float, help="λ in θ0 + λ · merged task vector (α, t: of methods that call it so).")
 @click.option("--density", type=float, help="Fraction of entries that is kept, in (0, 1].")
-@click.option("--weight", "weights", multiple=True, metavar="NAME=W", help="Weight of an expert. Repeatable.")
+@click.option("--weight", "expert_weights", multiple=True, metavar="NAME=W", help="Weight of an expert. Repeatable.")
 @click.option("--seed", type=int, help="Seed of random masks.")
 @click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="Any option of the method. Repeatable.")
 @click.option("--options", "show_options", is_flag=True, help="Print the options of METHOD with their defaults.")
@@ -150,7 +150,9 @@ def _method(chosen: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("density", "seed"):
         if flags.get(name) is not None:
             fields[name] = flags[name]
-    values = {name: from_yaml(text) for name, text in parse_assignments(flags.get("weights") or (), "--weight").items()}
+    values = {
+        name: from_yaml(text) for name, text in parse_assignments(flags.get("expert_weights") or (), "--weight").items()
+    }
     if values:
         fields["weights"] = {**(fields.get("weights") or {}), **values}
     fields.update({k: from_yaml(v) for k, v in parse_assignments(flags.get("settings") or (), "--set").items()})

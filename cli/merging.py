@@ -97,7 +97,10 @@ class Merging:
         """The statistics that the method needs, checked against the experts."""
         from ..pools import Statistics
 
-        kinds = {merge.statistics for merge in (self.merge, *(other for _, other in self.overrides))} - {None}
+        merges = [self.merge, *(other for _, other in self.overrides)]
+        for merge in merges:
+            merge.check(self.pool)
+        kinds = {merge.statistics for merge in merges} - {None}
         if not kinds:
             if self.recipe.statistics is not None:
                 raise UsageProblem(

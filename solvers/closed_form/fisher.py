@@ -71,10 +71,9 @@ class Ewc(Fisher):
 
     source: ClassVar[str] = "Leontev et al. (2020), Non-Iterative Knowledge Fusion in Deep Convolutional Networks"
 
-    def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
-        """Return the weighted mean's rule."""
+    def check(self, pool: Pool) -> None:
+        """Two experts."""
         only(pool, 2, self, "H1 and H2 of (H1 θ1 + H2 θ2) / (H1 + H2); 'fisher' merges any number")
-        return super().prepare(pool, statistics)
 
 
 @dataclass(frozen=True)

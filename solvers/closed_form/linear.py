@@ -108,10 +108,13 @@ class Analogy(Linear):
         if len(given) not in (0, 3) or len(set(given)) != len(given):
             raise OptionError(f"Analogy needs three different experts a, b and c, or none named. Got {given} instead.")
 
-    def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
-        """Return −1, 1, 1 times the scale."""
+    def check(self, pool: Pool) -> None:
+        """Three experts, unless they are named."""
         if self.a is None:
             only(pool, 3, self, "a, b and c of τ_c + (τ_b − τ_a)")
+
+    def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
+        """Return −1, 1, 1 times the scale."""
         names = pool.names if self.a is None else (self.a, self.b, self.c)
         signs = {str(name): sign * self.scale for name, sign in zip(names, (-1, 1, 1), strict=True)}
         return one_row(pool, expert_weights(signs, pool, self, default=0.0))
@@ -151,9 +154,12 @@ class WiseFT(Linear):
     def __post_init__(self) -> None:
         check_number(self, "alpha", 0, 1)
 
+    def check(self, pool: Pool) -> None:
+        """One expert."""
+        only(pool, 1, self, "it interpolates between the base and one fine-tuned model")
+
     def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
         """Return α."""
-        only(pool, 1, self, "it interpolates between the base and one fine-tuned model")
         return one_row(pool, np.array([self.alpha]))
 
 
@@ -168,9 +174,12 @@ class Expo(Linear):
     def __post_init__(self) -> None:
         check_number(self, "alpha", 0, math.inf, closed="neither")
 
+    def check(self, pool: Pool) -> None:
+        """One expert."""
+        only(pool, 1, self, "it extrapolates beyond one aligned model; the base is the model it was aligned from")
+
     def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
         """Return 1 + α."""
-        only(pool, 1, self, "it extrapolates beyond one aligned model; the base is the model it was aligned from")
         return one_row(pool, np.array([1 + self.alpha]))
 
 

@@ -145,6 +145,9 @@ class Merge(ABC):
         """Return the transforms of the task vectors that the rule is applied to, first to last."""
         return ()
 
+    def check(self, pool: Pool) -> None:  # noqa: B027 (most merges take any pool)
+        """Raise OptionError for a pool with more or fewer experts than this merge takes; looks at names only."""
+
     @abstractmethod
     def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
         """Return the function of one tensor for this (transformed) pool.

@@ -84,10 +84,9 @@ class Slerp(Spherical):
         check_number(self, "t", 0, 1)
         check_number(self, "parallel", 0, 1, closed="left")
 
-    def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
-        """Check that there are two experts."""
+    def check(self, pool: Pool) -> None:
+        """Two experts."""
         only(pool, 2, self, "the ends of the arc; spherical-mean takes more")
-        return super().prepare(pool, statistics)
 
     def coefficients(self, gram: Matrix) -> Matrix:
         """Return the two coefficients."""

@@ -1,0 +1,276 @@
+"""`mergesolve merge`: every listed method, what it writes, dry runs, scans, recipes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mergesolve.pools import Pool
+from mergesolve.solvers.closed_form import MERGES, make_merge, merge_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .conftest import NAMES, recipe_fields
+from .test_bad_input import refused
+
+COUNTS = {"wise-ft": 1, "expo": 1, "slerp": 2, "ewc": 2}  # methods that merge exactly so many of the three experts
+
+
+def pool_flags(tiny, names=NAMES):
+    experts = [flag for name in names for flag in ("--expert", f"{name}={tiny / 'experts' / name}.safetensors")]
+    return ["--base", tiny / "base.safetensors", *experts]
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, tmp_path_factory):
+    """Fisher and Gram statistics of the three experts."""
+    from click.testing import CliRunner
+    from mergesolve.cli import main
+
+    folder = tmp_path_factory.mktemp("measured")
+    flags = ["--recipe", tiny / "recipe.yaml", "--out", folder, "--kind", "fisher", "--kind", "gram"]
+    result = CliRunner().invoke(main, ["stats", *map(str, flags)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def statistics_flags(method, folder):
+    return ["--statistics", folder] if make_merge(method).statistics else []
+
+
+@pytest.mark.parametrize("method", MERGES)
+def test_every_method_writes_what_the_api_computes(method, tiny, measured, run):
+    names = NAMES[: COUNTS.get(method, 3)]
+    result = run(
+        "merge", method, *pool_flags(tiny, names), *statistics_flags(method, measured), "--out", "m.safetensors"
+    )
+    assert result.exit_code == 0, result.output
+    pool = Pool.open(
+        base=tiny / "base.safetensors",
+        experts={name: tiny / "experts" / f"{name}.safetensors" for name in names},
+        backend="streaming",
+    )
+    merge = make_merge(method)
+    statistics = None
+    if merge.statistics:
+        from mergesolve.pools import Statistics
+
+        statistics = Statistics.open(pool, merge.statistics, str(measured))
+    expected = merge_weights(pool, merge, statistics)
+    found = load_file("m.safetensors")
+    assert found.keys() == load_file(tiny / "base.safetensors").keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+    with safe_open("m.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["merge"])["name"] == method
+    assert json.loads(metadata["experts"]) == list(names)
+
+
+@pytest.mark.parametrize("method", MERGES)
+def test_every_method_prints_its_options_with_formula_and_source(method, run):
+    result = run("merge", method, "--options")
+    assert result.exit_code == 0
+    for option in fields(make_merge(method)):
+        assert option.name in result.stdout
+    assert MERGES[method].source.split("(")[0].strip() in " ".join(result.stdout.split())
+
+
+def test_flags_reach_the_method(tiny, run):
+    flags = ["--scale", "0.7", "--density", "0.5", "--weight", "red=2", "--set", "trim=tensor"]
+    result = run("merge", "ties", *pool_flags(tiny), *flags, "--out", "m.safetensors", "--json")
+    method = json.loads(result.stdout)["method"]
+    assert (method["scale"], method["density"], method["weights"], method["trim"]) == (0.7, 0.5, {"red": 2}, "tensor")
+
+
+def test_scale_means_alpha_where_a_method_calls_it_so(tiny, run):
+    run("merge", "wise-ft", *pool_flags(tiny, NAMES[:1]), "--scale", "0.25", "--out", "m.safetensors")
+    base, expert = load_file(tiny / "base.safetensors"), load_file(tiny / "experts" / f"{NAMES[0]}.safetensors")
+    for name, tensor in load_file("m.safetensors").items():
+        torch.testing.assert_close(tensor, 0.75 * base[name] + 0.25 * expert[name])
+
+
+def test_dry_run_reads_headers_only_and_writes_nothing(tiny, run, monkeypatch, tmp_path):
+    def read(*_):
+        raise AssertionError("a dry run read data")
+
+    monkeypatch.setattr("mergesolve.pools.workers.Workers.run", read)
+    result = run("merge", "ties", *pool_flags(tiny), "--out", "m.safetensors", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    size = sum(tensor.nbytes for tensor in load_file(tiny / "base.safetensors").values())
+    assert plan["bytes_written"] == size
+    assert plan["passes"] == 3
+    assert plan["bytes_read"] == 3 * 4 * size + size
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_bounds_what_the_merge_reads(tiny, run):
+    for method in ("average", "ties", "breadcrumbs", "dare"):
+        flags = [*pool_flags(tiny), "--out", "m.safetensors", "--json"]
+        bound = json.loads(run("merge", method, *flags, "--dry-run").stdout)["bytes_read"]
+        # Identical tensors are looked for, and the fingerprint samples: both read less than all models once.
+        size = 4 * sum(tensor.nbytes for tensor in load_file(tiny / "base.safetensors").values())
+        assert json.loads(run("merge", method, *flags).stdout)["bytes_read"] <= bound + 2 * size
+
+
+def test_transforms_of_the_pool_come_before_the_method(tiny, run):
+    flags = ["--transform", "trim:density=0.2,per=model", "--transform", "elect", "--out", "m.safetensors"]
+    assert run("merge", "task-arithmetic", *pool_flags(tiny), *flags, "--scale", "1").exit_code == 0
+    ties = ["--set", "merge=sum", "--scale", "1", "--density", "0.2", "--out", "ties.safetensors"]
+    assert run("merge", "ties", *pool_flags(tiny), *ties).exit_code == 0
+    for name, tensor in load_file("m.safetensors").items():
+        torch.testing.assert_close(tensor, load_file("ties.safetensors")[name])
+
+
+def test_a_recipe_says_all_of_it_and_flags_win(tiny, run):
+    recipe = {
+        "method": {"name": "ties", "density": 0.5, "scale": 1.0},
+        "pool": recipe_fields(tiny)["pool"],
+        "overrides": [{"match": r"^2\.", "method": {"name": "task-arithmetic", "scale": 0.5}}],
+        "out": "from_recipe.safetensors",
+        "dtype": "bfloat16",
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = run("merge", "--recipe", "recipe.yaml", "--density", "0.3", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["method"]["density"] == 0.3
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file("from_recipe.safetensors").values())
+    with safe_open("from_recipe.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["overrides"])[0][0] == r"^2\."
+
+
+def test_a_folder_gets_shards_and_the_files_beside_the_base(tiny, run):
+    base = Path("base")
+    base.mkdir()
+    shutil.copy(tiny / "base.safetensors", base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    experts = [flag for name in NAMES for flag in ("--expert", f"{name}={tiny / 'experts' / name}.safetensors")]
+    result = run("merge", "average", "--base", base, *experts, "--out", "merged", "--max-shard-size", "300")
+    assert result.exit_code == 0, result.output
+    assert Path("merged/config.json").exists()
+    assert Path("merged/model.safetensors.index.json").exists()
+    assert (
+        Pool.open(base="merged", experts={"itself": "base"}).tensors.keys()
+        == load_file(base / "model.safetensors").keys()
+    )
+
+
+# scans
+
+
+def scan_flags(tiny):
+    recipe = {**recipe_fields(tiny), "method": "task-arithmetic"}
+    for unused in ("domain",):
+        recipe.pop(unused)
+    Path("scan.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--recipe", "scan.yaml"]
+
+
+def test_a_scan_takes_the_best_mean_and_records_what_it_was_chosen_on(tiny, run):
+    result = run("merge", *scan_flags(tiny), "--scan", "0.1,0.3,0.6", "--out", "m.safetensors", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    record = json.loads(Path("m.scan/scan.json").read_text())
+    means = [sum(trial["scores"].values()) / 3 for trial in record["trials"]]
+    assert [trial["options"]["scale"] for trial in record["trials"]] == [0.1, 0.3, 0.6]
+    best = record["trials"][means.index(max(means))]["options"]
+    assert record["chosen"] == best == {"scale": report["method"]["scale"]}
+    assert [entry["samples"] for entry in record["data"]] == [30, 30, 30]
+    with safe_open("m.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["scan"])["chosen"] == best
+    assert run("merge", "task-arithmetic", *pool_flags(tiny), "--scale", best["scale"], "--out", "n.safetensors")
+    for name, tensor in load_file("n.safetensors").items():
+        assert torch.equal(tensor, load_file("m.safetensors")[name])
+
+
+def test_a_scan_of_two_options_is_their_product_with_a_curve_each(tiny, run):
+    flags = ["--scan", "0.2,0.4", "--scan", "density=0.1,0.5,1.0"]
+    result = run("merge", "ties", *scan_flags(tiny), *flags, "--json")
+    assert result.exit_code == 0, result.output
+    trials = json.loads(result.stdout)["scan"]["trials"]
+    assert len({tuple(trial["options"].items()) for trial in trials}) == 6
+    text = Path("scan/scan.svg").read_text()
+    assert all(f"density {value:g}" in text for value in (0.1, 0.5, 1.0))
+
+
+# mistakes
+
+
+MISTAKES = {
+    "negative density": (["ties", "--density", "-0.1"], ["density", "(0, 1]", "-0.1"]),
+    "density above one": (["dare", "--density", "1.5"], ["density", "(0, 1]", "1.5"]),
+    "unknown method": (["tise"], ["tise", "ties"]),
+    "unknown option": (["ties", "--set", "densty=0.2"], ["densty", "density"]),
+    "no scale": (["average", "--scale", "0.3"], ["scale"]),
+    "weight of nobody": (["average", "--weight", "rde=1"], ["rde", "red"]),
+    "weight that is no number": (["average", "--weight", "red=much"], ["weights", "much"]),
+    "weights that cancel": (["average", "--weight", "red=-2"], ["weights", "sum to 0"]),
+    "scan without data": (["ties", "--scan", "0.1,0.2"], ["scan", "--task"]),
+    "scan of text": (["ties", "--scan", "low,high"], ["numbers"]),
+    "fisher without statistics": (["fisher"], ["fisher", "mergesolve stats"]),
+    "statistics for nothing": (["ties", "--statistics", "."], ["no statistics"]),
+    "slerp of three": (["slerp"], ["exactly 2", "has 3"]),
+    "ewc of three": (["ewc"], ["2", "3"]),
+    "unknown transform": (["average", "--transform", "trmi"], ["trmi", "trim"]),
+    "transform with a bad option": (["average", "--transform", "trim:density=7"], ["density", "7"]),
+    "override that finds nothing": (["average", "--recipe", "none.yaml"], ["nothing.here"]),
+    "no method": ([], ["METHOD"]),
+    "dtype": (["average", "--dtype", "int8"], ["int8", "bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(case, tiny, run, tmp_path):
+    arguments, words = MISTAKES[case]
+    recipe = {"overrides": [{"match": "nothing.here", "method": "average"}]}
+    Path("none.yaml").write_text(yaml.safe_dump(recipe))
+    refused(run("merge", *arguments, *pool_flags(tiny), "--out", "m.safetensors"), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["none.yaml"]
+
+
+def test_an_analogy_of_two_names_the_count(tiny, run, tmp_path):
+    refused(run("merge", "analogy", *pool_flags(tiny, NAMES[:2]), "--out", "m.safetensors"), "exactly 3", "has 2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_of_another_expert_are_refused(tiny, measured, run):
+    swapped = Path(shutil.copytree(measured, "swapped"))
+    first, second = (swapped / f"{name}.fisher.safetensors" for name in NAMES[:2])
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    refused(run("merge", "fisher", *pool_flags(tiny), "--statistics", swapped, "--out", "m.safetensors"), "stats")
+    assert not Path("m.safetensors").exists()
+
+
+def test_grams_of_the_wrong_size_are_refused(tiny, measured, run):
+    cut = Path(shutil.copytree(measured, "cut"))
+    place = cut / f"{NAMES[0]}.gram.safetensors"
+    with safe_open(place, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: gram[:-1, :-1].contiguous() for name, gram in load_file(place).items()}, place, metadata)
+    refused(
+        run("merge", "regmean", *pool_flags(tiny), "--statistics", cut, "--out", "m.safetensors"), "[5, 5]", "[6, 6]"
+    )
+    assert not Path("m.safetensors").exists()
+
+
+def test_singular_grams_are_refused_with_the_tensor_and_the_remedy(tiny, measured, run):
+    flat = Path(shutil.copytree(measured, "flat"))
+    for name in NAMES:
+        place = flat / f"{name}.gram.safetensors"
+        with safe_open(place, "pt") as file:
+            metadata = file.metadata()
+        save_file({key: torch.ones_like(gram) for key, gram in load_file(place).items()}, place, metadata)
+    result = run(
+        "merge", "regmean", *pool_flags(tiny), "--statistics", flat, "--set", "shrink=1", "--out", "m.safetensors"
+    )
+    refused(result, "singular", ".weight")
+    assert not Path("m.safetensors").exists()
+    assert not list(Path().glob(".*partial"))
