@@ -87,6 +87,7 @@ class GramSystem:
         product, metric = (vector @ metric).double(), metric.double()
         if self._weight == 0:
             self._matrix, self._right, self._sum = weight * metric, weight * product, weight * vector.double()
+            self._matrix.diagonal().add_(self._anchor)
         else:
             self._matrix.add_(metric, alpha=weight)
             self._right.add_(product, alpha=weight)
@@ -97,7 +98,7 @@ class GramSystem:
         """Return δ [rows, d] by Cholesky's method. Raises OptionError for a singular system, naming the tensor."""
         matrix, right = self._system()
         scale = matrix.diagonal().clamp_min(0).rsqrt()  # of correlations, whose rank no unit changes
-        factor, info = torch.linalg.cholesky_ex(matrix * scale * scale.unsqueeze(1))
+        factor, info = torch.linalg.cholesky_ex((matrix * scale).mul_(scale.unsqueeze(1)))
         limit = 4 * self._precision * math.sqrt(len(matrix))
         if int(info) or not _smallest_eigenvalue(factor) > limit:
             raise OptionError(
@@ -133,14 +134,12 @@ class GramSystem:
         return found
 
     def _system(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return matrix and right-hand side, with anchor, and with the average for inputs that are always 0."""
-        matrix, right = self._matrix.clone(), self._right
-        matrix.diagonal().add_(self._anchor)
-        unseen = matrix.diagonal() == 0
-        if bool(unseen.any()):
-            matrix.diagonal()[unseen] = self._weight
-            right = torch.where(unseen, self._sum, right)
-        return matrix, right
+        """Return matrix and right-hand side, with the average for inputs that are always 0."""
+        diagonal = self._matrix.diagonal()
+        unseen = diagonal == 0
+        diagonal[unseen] = self._weight
+        self._right[:, unseen] = self._sum[:, unseen]
+        return self._matrix, self._right
 
 
 def _smallest_eigenvalue(factor: torch.Tensor) -> float:
@@ -351,7 +350,7 @@ class Moments:
         for expert, weight in enumerate(self.weights.tolist()):
             gram = part.statistic(expert)
             assert gram is not None
-            scaled = gram.double() * (weight * self.shrink)
+            scaled = gram.to(torch.float64, copy=True).mul_(weight * self.shrink)
             scaled.diagonal().copy_((gram.diagonal().double() + self.ridge) * weight)
             metric += scaled
             pulled += as_rows(part.task_vector(expert).double(), part.shape, axis) @ scaled
@@ -444,7 +443,7 @@ class Quadratic(Merge):
     @property
     def whole(self) -> bool:  # type: ignore[override]
         """A Gram couples the entries of a row."""
-        return self.metric == "gram" and self.over == "weights"
+        return self.metric == "gram"
 
     @property
     def statistics(self) -> str | None:  # type: ignore[override]
@@ -496,5 +495,5 @@ class Quadratic(Merge):
         return Box(0.0, self.upper) if self.domain == "box" else DOMAINS[self.domain]()
 
 
-GRAM_COPIES = 32.0
+GRAM_COPIES = 36.0
 """Copies of a matrix that a Gram system holds, for inputs up to four times as wide as the outputs."""
