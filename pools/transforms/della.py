@@ -3,6 +3,7 @@
     p = density − ε/2 + ε · rank / m   is the probability that an entry is kept, τ̂ = Bernoulli(p) · τ / p
 
 `rank` counts the m entries of the row (output unit) from the smallest magnitude, 1 to m; a vector is one row.
+`rescale="l1"` multiplies each tensor so that it keeps its L1 norm instead, "none" does not rescale.
 `window="symmetric"` lets p run over density ± ε, with the row's ends included, as mergekit does.
 Source: Deep, Bhardwaj and Poria (2024), DELLA-Merging: Reducing Interference through Magnitude-Based Sampling,
 section 3.1.
@@ -10,18 +11,21 @@ section 3.1.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import PoolError
-from ..sources import TaskVectors
+from ..sources import Scratch, TaskVectors
 from ..workers import Workers
 from .random_masks import random_words
-from .transform import Apply, Transform, by_expert, check_densities, check_fraction, check_integer, check_word
+from .transform import Apply, Prepared, Transform, by_expert, check_densities, check_fraction, check_integer, check_word
 from .trim import unchanged
 
 
@@ -54,12 +58,24 @@ class Della(Transform):
                     f"{half} does not. Take a smaller epsilon."
                 )
 
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        """L1 norms take two passes, one before and one after the dropping."""
+        return 2 if self.rescale == "l1" and (self.density < 1 or self.densities) else 0
+
     def prepare(self, source: TaskVectors, workers: Workers, names: Sequence[str]) -> Apply:
-        """Nothing is needed of whole models: ranks are within rows."""
+        """Find the scales of the tensors if they keep their L1 norms; ranks are within rows."""
         densities = by_expert(self.density, self.densities, names)
         if all(density == 1 for density in densities):
             return unchanged
-        return Ranked(self, densities, tuple(names), dict(source.shapes.items()))
+        ranked = Ranked(self, densities, tuple(names), dict(source.shapes.items()))
+        if self.rescale == "l1":
+            dropped = Prepared(source, workers, dataclasses.replace(self, rescale="none"), names)
+            whole, kept = l1_norms(source, workers), l1_norms(dropped, workers)
+            ranked.scales = {
+                name: np.divide(whole[name], kept[name], out=np.ones(source.n), where=kept[name] > 0) for name in whole
+            }
+        return ranked
 
     def probabilities(self, magnitudes: torch.Tensor, density: float) -> torch.Tensor:
         """Return the probability of each entry [rows, m] to be kept; of equal magnitudes the first ranks lower."""
@@ -85,6 +101,7 @@ class Ranked:
         self._densities = densities
         self._names = names
         self._shapes = shapes
+        self.scales: dict[str, NDArray[np.float64]] = {}
 
     def __call__(
         self, name: str, start: int, base: torch.Tensor | None, deltas: torch.Tensor, experts: Sequence[int]
@@ -104,8 +121,29 @@ class Ranked:
             kept = values * (chance < probability)
             if self._options.rescale == "probability":
                 kept = torch.where(probability > 0, kept / probability, 0.0)
-            elif self._options.rescale == "l1":
-                left = kept.abs().sum(1, keepdim=True)
-                kept = torch.where(left > 0, kept * (values.abs().sum(1, keepdim=True) / left), kept)
+            elif name in self.scales:
+                kept *= float(self.scales[name][expert])
             result[row] = kept.view(-1)
         return result
+
+
+def l1_norms(source: TaskVectors, workers: Workers) -> dict[str, NDArray[np.float64]]:
+    """Return the L1 norms [n] of each tensor, in one pass over pieces of whole rows, where rows are not too long."""
+    found = {name: np.zeros(source.n) for name in source.shapes}
+    items = []
+    for name, shape in source.shapes.items():
+        size, width = prod(shape), prod(shape[1:]) if len(shape) > 1 else prod(shape)
+        step = workers.limit // width * width if 0 < width <= workers.limit else workers.limit
+        items += [(name, start, min(start + step, size)) for start in range(0, size, step)]
+
+    def measure(item: tuple[str, int, int], scratch: Scratch) -> NDArray[np.float64]:
+        part = np.zeros(source.n)
+        for positions, delta in source.deltas(item[0], range(source.n), item[1], item[2], scratch):
+            part[positions] = delta.abs().sum(1, dtype=torch.float64).numpy()
+        return part
+
+    def add(item: tuple[str, int, int], part: NDArray[np.float64]) -> None:
+        found[item[0]] += part
+
+    workers.run(items, measure, then=add, serial=source.serial)
+    return found

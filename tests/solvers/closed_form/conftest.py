@@ -232,9 +232,10 @@ def pruned(taus, names, density=0.5, epsilon=0.2, rescale="probability", window=
                 kept = row * (u < p)
                 if rescale == "probability":
                     kept = np.where(p > 0, kept / np.where(p > 0, p, 1), 0)
-                if rescale == "l1" and np.abs(kept).sum() > 0:
-                    kept = kept * (np.abs(row).sum() / np.abs(kept).sum())
                 out.append(kept)
+            left = np.abs(out).sum()
+            if rescale == "l1" and left > 0:
+                out = np.stack(out) * (np.abs(rows).sum() / left)
             found[name][i] = np.stack(out).reshape(stack[i].shape)
     return found
 
