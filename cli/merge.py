@@ -37,6 +37,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 @click.option("--split", metavar="SPLIT", help="Split of zoo tasks to scan on: validation (default), train or test.")
 @click.option("--limit", type=int, metavar="N", help="Use at most N samples a task, class-balanced.")
 @click.option("--out", metavar="PATH", help="A .safetensors file, or a folder (sharded, with configuration files).")
+@click.option("--masks", metavar="FILE", help="Also write the TALL masks of `consensus`, one bit an entry and expert.")
 @click.option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 (default: the base's).")
 @click.option("--max-shard-size", type=float, metavar="BYTES", help="Of a folder's files (default: 5e9).")
 @click.option("--dry-run", is_flag=True, help="Say what would be read, written and held in memory; read headers only.")
@@ -86,6 +87,10 @@ def command(
         metadata["scan"] = json.dumps({"chosen": record["chosen"], "mean": record["mean"], "data": record["data"]})
         if not as_json:
             _show_scan(record, folder)
+    if flags["masks"] is not None:
+        report["masks"] = [str(path) for path in merging.write_masks(Path(flags["masks"]).expanduser())]
+        if not as_json:
+            note(f"wrote {', '.join(report['masks'])}")
     if out is not None:
         with counting("merge", quiet=as_json) as step:
             wrote = merging.write(out, metadata, _fractions(step))

@@ -10,7 +10,9 @@ its own. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +27,7 @@ FIELDS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name",
 )  # fmt: skip
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+DTYPES = ("float32", "float16", "bfloat16")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 # As configurations call the number of layers, where there is one stack of them.
@@ -46,7 +48,7 @@ class Model:
 def from_mergekit(fields: Mapping[str, Any], where: str, *, folder: Path | None = None) -> dict[str, Any]:
     """Return the fields of our merge recipe for those of a mergekit YAML.
 
-    `where` names the file in messages; relative paths are looked for in `folder` first, then where the command runs.
+    `where` names the file in messages. Paths are relative to `folder` where they exist there, else to where we run.
     Raises UsageProblem for what mergekit would reject, and for methods and fields that we lack, with what to do.
     """
     for field in fields:
@@ -56,7 +58,7 @@ def from_mergekit(fields: Mapping[str, Any], where: str, *, folder: Path | None 
     _check_rest(fields, where)
     models, levels, base, in_slices = _models(fields, where)
     inputs, listed = _inputs(method, models, base, in_slices, where)
-    chains = _chains(method, listed, levels, inputs.base, where)
+    chains = _chains(method, inputs, listed, levels, where)
     gradients = any(isinstance(value, tuple) for chain in chains.values() for _, value in chain)
     layers = _layer_count(inputs.base, folder, where, "a gradient over layers") if gradients else 0
     if in_slices is not None:
@@ -65,7 +67,8 @@ def from_mergekit(fields: Mapping[str, Any], where: str, *, folder: Path | None 
     main = entries.pop()[1]
     while entries and entries[-1][1] == main:
         entries.pop()
-    recipe: dict[str, Any] = {"method": main, "pool": {"base": inputs.base, "experts": dict(inputs.experts)}}
+    experts = {name: _placed(path, folder) for name, path in inputs.experts.items()}
+    recipe: dict[str, Any] = {"method": main, "pool": {"base": _placed(inputs.base, folder), "experts": experts}}
     if entries:
         recipe["overrides"] = [{"match": pattern, "method": options} for pattern, options in entries]
     dtype = _dtype(fields, where)
@@ -178,23 +181,25 @@ def _inputs(
     method: Method, models: list[Model], base: str | None, in_slices: int | None, where: str
 ) -> tuple[Inputs, list[Model]]:
     """Return base and experts, and all models that have parameters."""
-    listed = base is not None and any(model.path == base for model in models)
+    named = base is not None
+    listed = any(model.path == base for model in models)
     if base is None:
-        if not method.weighs_base:
+        if method.needs_base:
             raise UsageProblem(f"{where}: {method.name} needs 'base_model', from which the models were fine-tuned.")
         base, listed = models[0].path, True
-    elif not listed and in_slices is None:
+    elif not listed and (in_slices is None or method.needs_base):
         models, listed = [*models, Model(base, {}, f"{where}: base_model")], True
     paths = [model.path for model in models if model.path != base]
+    counted = listed and (method.base == "expert" or (method.base == "optional" and not named))
+    if counted:
+        paths = [base, *paths]
     low, high = method.experts
     if len(paths) < low or (high is not None and len(paths) > high):
-        wanted = f"exactly {low}" if low == high else f"at least {low}"
-        noun = "model" if low == 1 else "models"
-        raise UsageProblem(
-            f"{where}: {method.name} merges {wanted} {noun} beside the base ('{base}'); found {len(paths)}."
-        )
+        wanted = f"{'exactly' if low == high else 'at least'} {low} {'model' if low == 1 else 'models'}"
+        beside = "the base included" if counted else f"beside the base, '{base}'"
+        raise UsageProblem(f"{where}: {method.name} merges {wanted} ({beside}); found {len(paths)}.")
     names = distinct_names(paths)
-    return Inputs(base, {names[path]: path for path in paths}, affine=listed), models
+    return Inputs(base, {names[path]: path for path in paths}, named, listed), models
 
 
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:
@@ -227,7 +232,7 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _chains(
-    method: Method, models: list[Model], levels: list[Mapping[str, Any]], base: str, where: str
+    method: Method, inputs: Inputs, models: list[Model], levels: list[Mapping[str, Any]], where: str
 ) -> dict[tuple[str, str | None], Chain]:
     """Return the branches of each parameter of the merge (None) and of each model, by its path."""
     _check_names(method, models, levels, where)
@@ -238,7 +243,7 @@ def _chains(
     for model in models:
         for parameter, default in method.per_model.items():
             scopes = [(model.parameters, f"{model.where}: parameters"), *above]
-            if model.path != base or method.weighs_base:
+            if model.path in inputs.experts.values() or method.base == "weighed":
                 chains[parameter, model.path] = chain_of(parameter, scopes, default, model.where)
             elif parameter in model.parameters:
                 # The base has no task vector: its weight and density have no effect, but must be numbers.
@@ -267,15 +272,34 @@ def _check_names(method: Method, models: list[Model], levels: list[Mapping[str, 
                 )
 
 
+def _placed(path: str, folder: Path | None) -> str:
+    """Return a path that lies in the recipe's folder as one from here; mergekit's own are relative to where it runs."""
+    if folder is None or not (folder / path).exists():
+        return path
+    return os.path.normpath(folder / path)
+
+
+def _configuration(model: str) -> Path:
+    """Return where config.json of a folder is, or of a Hub id in the local cache; nothing is fetched."""
+    local = Path(model) / "config.json"
+    if not local.exists():
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            from huggingface_hub import try_to_load_from_cache
+
+            name, _, revision = model.partition("@")
+            cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+            return Path(cached) if isinstance(cached, str) else local
+    return local
+
+
 def _layer_count(base: str, folder: Path | None, where: str, what: str) -> int:
     """Return the number of layers that the base's configuration says."""
-    place = folder / base if folder is not None and (folder / base).exists() else Path(base)
     try:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(_configuration(_placed(base, folder)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UsageProblem(
             f"{where}: {what} needs the number of layers, from config.json of the base; '{base}' is no local folder "
-            f"with one. {_REMEDY}."
+            f"with one, nor a Hub id that was fetched before. {_REMEDY}."
         ) from None
     config = config if isinstance(config, dict) else {}
     stacks = config.get("is_encoder_decoder") or any(
@@ -314,11 +338,6 @@ def _dtype(fields: Mapping[str, Any], where: str) -> str | None:
         name = value.removeprefix("torch.") if isinstance(value, str) else value
         if name not in DTYPES:
             raise unknown(field, value, DTYPES, where=where)
-        if (field, name) == ("dtype", "float64"):
-            raise UsageProblem(
-                f"{where}: 'dtype: float64' asks for arithmetic in float64; we merge in float32. Take "
-                "'dtype: float32', with 'out_dtype: float64' if the file must be of that type."
-            )
         chosen = name
     return chosen
 

@@ -7,9 +7,9 @@ ours never stand in for mergekit's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .mergekit_settings import Values
 from .names import UsageProblem, unknown
@@ -17,11 +17,12 @@ from .names import UsageProblem, unknown
 
 @dataclass(frozen=True)
 class Inputs:
-    """Base and experts: name -> path. `affine`: the base is itself one of the models that are averaged."""
+    """Base and experts: name -> path. `named`: the recipe says the base; `listed`: the base is one of the models."""
 
     base: str
     experts: Mapping[str, str]
-    affine: bool
+    named: bool
+    listed: bool
 
     def each(self, values: Values, parameter: str) -> dict[str, float]:
         """Return a parameter of every expert, by the expert's name."""
@@ -32,21 +33,33 @@ class Inputs:
 class Method:
     """A method of mergekit's: its parameters with their defaults (None: required), and the method of ours.
 
-    `per_model` parameters may stand with the models or above; `shared` ones above only.
+    `per_model` parameters may stand with the models or above; `shared` ones above only. `experts`: how many there may
+    be. The base is the origin of task vectors ("origin"), or a model with a weight of its own, which is what the others
+    leave of 1 ("weighed"), or an expert like the others, and the first ("expert"), or an expert unless the recipe says
+    which model it is ("optional").
     """
 
     name: str
     per_model: Mapping[str, Any]
     shared: Mapping[str, Any]
     options: Callable[[Inputs, Values], dict[str, Any]]
-    weighs_base: bool = False
+    base: Literal["origin", "weighed", "expert", "optional"] = "origin"
+    needs_base: bool = True
     experts: tuple[int, int | None] = (1, None)
+
+
+def _total(weights: Iterable[float]) -> float:
+    """Return the sum, rounded once, so that order does not matter; infinite if there is no such number."""
+    try:
+        return math.fsum(weights)
+    except OverflowError:
+        return math.inf
 
 
 def _linear(inputs: Inputs, values: Values) -> dict[str, Any]:
     """Σ w_i θ_i / Σ w_i: where the base is one of the models, its weight is what the others leave of 1."""
     weights = {path: model["weight"] for path, model in values.models.items()}
-    total = math.fsum(weights.values())
+    total = _total(weights.values())
     if not values.shared["normalize"]:
         if abs(total - 1) > 1e-9:
             raise UsageProblem(
@@ -54,12 +67,12 @@ def _linear(inputs: Inputs, values: Values) -> dict[str, Any]:
                 "model; we average only. Let the weights sum to 1, or leave out 'normalize: false'."
             )
         total = 1.0
-    if total == 0 or not math.isfinite(1 / total):
+    if total == 0 or not (math.isfinite(total) and math.isfinite(1 / total)):
         raise UsageProblem(
             f"{values.where}: the weights of linear sum to {total:g}, by which it divides; give other weights."
         )
     shares = {name: weights[path] / total for name, path in inputs.experts.items()}
-    if inputs.affine:
+    if inputs.listed:
         return {"name": "average", "normalize": False, "weights": shares}
     return {"name": "average", "weights": {name: weights[path] for name, path in inputs.experts.items()}}
 
@@ -75,7 +88,7 @@ def _delta(name: str, *, elects: bool, **fixed: Any) -> Callable[[Inputs, Values
             chosen |= {"merge": "mean" if values.shared["normalize"] else "sum", "zero": "plus"}
         elif values.shared["normalize"]:
             # mergekit leaves out the division by a sum this small.
-            total = math.fsum(weights.values())
+            total = _total(weights.values())
             scale = scale if abs(total) < 1e-8 else scale / total
         if not math.isfinite(scale):
             raise UsageProblem(f"{values.where}: lambda over the sum of the weights is not finite; give other weights.")
@@ -142,11 +155,56 @@ def _common(parameter: str, each: Mapping[str, float], sparse: Sequence[str], wh
     return chosen[sparse[0]]
 
 
+def _slerp(inputs: Inputs, values: Values) -> dict[str, Any]:
+    """From the base at t = 0 to the other model at t = 1, on the weights themselves."""
+    return {"name": "slerp", "t": _fraction(values.shared["t"], "t", values.where), "of": "weights", "parallel": 0.9995}
+
+
+def _nuslerp(inputs: Inputs, values: Values) -> dict[str, Any]:
+    """SLERP of two models, or of their task vectors, down to the smallest angle, with t from weights."""
+    if not values.shared["nuslerp_flatten"]:
+        raise UsageProblem(
+            f"{values.where}: 'nuslerp_flatten: false' interpolates single rows; we interpolate whole tensors. "
+            "Leave it out."
+        )
+    first, second = inputs.each(values, "weight").values()
+    total = first + second
+    t = 0.5 if abs(total) < 1e-6 else second / total
+    of = "task-vectors" if inputs.named else "weights"
+    return {"name": "slerp", "t": _fraction(t, "the share of the second weight", values.where), "of": of} | {
+        "parallel": math.nextafter(1.0, 0.0)
+    }
+
+
+def _fraction(value: float, what: str, where: str) -> float:
+    if not 0 <= value <= 1:
+        raise UsageProblem(f"{where}: {what} must be between 0 and 1, on the arc between the models; found {value:g}.")
+    return value
+
+
+def _karcher(inputs: Inputs, values: Values) -> dict[str, Any]:
+    """The mean on the sphere of all models' weights."""
+    if (values.shared["max_iter"], values.shared["tol"]) != (10, 1e-5):
+        raise UsageProblem(
+            f"{values.where}: 'max_iter' and 'tol' of karcher are not here: we iterate to convergence. Leave them out."
+        )
+    return {"name": "spherical-mean", "of": "weights"}
+
+
+def _model_stock(inputs: Inputs, values: Values) -> dict[str, Any]:
+    if values.shared["filter_wise"]:
+        raise UsageProblem(
+            f"{values.where}: 'filter_wise: true' takes angles of single filters; we take those of whole tensors. "
+            "Leave it out."
+        )
+    return {"name": "model-stock", "average": "cosine"}
+
+
 _DELTA = {"normalize": False, "lambda": 1.0}
 _SPARSE = {"weight": None, "density": 1.0}
 
 METHODS: dict[str, Method] = {
-    "linear": Method("linear", {"weight": None}, {"normalize": True}, _linear, weighs_base=True),
+    "linear": Method("linear", {"weight": None}, {"normalize": True}, _linear, base="weighed", needs_base=False),
     "task_arithmetic": Method("task_arithmetic", {"weight": None}, _DELTA, _delta("task-arithmetic", elects=False)),
     "ties": Method(
         "ties",
@@ -174,13 +232,25 @@ METHODS: dict[str, Method] = {
         _DELTA | {"rescale": False},
         _delta("breadcrumbs-ties", elects=True),
     ),
+    "model_stock": Method("model_stock", {}, {"filter_wise": False}, _model_stock, experts=(2, None)),
+    "slerp": Method("slerp", {}, {"t": None}, _slerp, base="expert", experts=(2, 2)),
+    "nuslerp": Method(
+        "nuslerp",
+        {"weight": None},
+        {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+        _nuslerp,
+        base="optional",
+        needs_base=False,
+        experts=(2, 2),
+    ),
+    "karcher": Method(
+        "karcher", {}, {"max_iter": 10.0, "tol": 1e-5}, _karcher, base="expert", needs_base=False, experts=(2, None)
+    ),
 }
 
 LACKING = {
-    "passthrough": "it stacks layers into another architecture; we merge models of one. 'linear' averages them",
-    "karcher": "the nearest is 'slerp' of two models, or 'linear'",
-    "multislerp": "the nearest is 'slerp' of two models, or 'linear'",
-    "nuslerp": "the nearest is 'slerp', with t = the second weight over the sum of both",
+    "passthrough": "it stacks layers into another architecture, and we merge models of one; 'linear' averages them",
+    "multislerp": "the nearest is 'karcher', the mean on the sphere, or 'nuslerp' for two models",
     "nearswap": "the nearest is 'slerp' with a small t, or 'breadcrumbs'",
     "arcee_fusion": "the nearest is 'ties' with a low density",
     "sce": "the nearest is 'ties'",

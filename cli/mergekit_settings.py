@@ -16,8 +16,8 @@ from typing import Any
 from .names import UsageProblem, unknown
 from .schema import found
 
-FLAGS = ("normalize", "rescale", "int8_mask", "filter_wise")
-PARAMETERS = ("weight", "density", "gamma", "epsilon", "lambda", "t", *FLAGS)
+FLAGS = ("normalize", "rescale", "int8_mask", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
+PARAMETERS = ("weight", "density", "gamma", "epsilon", "lambda", "t", "max_iter", "tol", *FLAGS)
 
 # A tensor's layer is the first number in its name, after the container that it counts in.
 LAYER = r"(?:(?!\d+\.)[^.]+\.)*?(?:layers?|h|blocks?|resblocks)\.(?:{})\."

@@ -145,6 +145,15 @@ class Merging:
             progress=progress,
         )
 
+    def write_masks(self, path: Path) -> list[Path]:
+        """Write the TALL masks that the method compares experts by."""
+        from ..solvers.closed_form.masks import write_masks
+
+        tall, multitask = (getattr(self.merge, name, None) for name in ("tall", "multitask"))
+        if tall is None or multitask is None:
+            raise UsageProblem(f"--masks: '{self.recipe.method.name}' has no masks; 'consensus' does.")
+        return write_masks(self.pool, path, tall=tall, multitask=multitask)
+
 
 def scan_record(found: Scan, tasks: Sequence[Task]) -> dict[str, Any]:
     """What a scan tried, what it chose, and on which data, as JSON has it."""

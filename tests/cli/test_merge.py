@@ -7,6 +7,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -159,6 +160,25 @@ def test_a_folder_gets_shards_and_the_files_beside_the_base(tiny, run):
         Pool.open(base="merged", experts={"itself": "base"}).tensors.keys()
         == load_file(base / "model.safetensors").keys()
     )
+
+
+def test_masks_are_written_one_bit_an_entry(tiny, run):
+    flags = ["--set", "tall=0.6", "--masks", "masks.safetensors", "--out", "m.safetensors"]
+    result = run("merge", "consensus", *pool_flags(tiny), *flags)
+    assert result.exit_code == 0, result.output
+    base = load_file(tiny / "base.safetensors")
+    states = {name: load_file(tiny / "experts" / f"{name}.safetensors") for name in NAMES}
+    vectors = {name: {k: (v - base[k]).double() for k, v in state.items()} for name, state in states.items()}
+    masks = load_file("masks.safetensors")
+    assert len(masks) == len(NAMES) * len(base)
+    for key, packed in masks.items():
+        expert, name = key.split("/")
+        total = sum(vectors[other][name] for other in NAMES)
+        wanted = vectors[expert][name].abs() >= 0.6 * (total - vectors[expert][name]).abs()
+        bits = np.unpackbits(packed.numpy(), count=base[name].numel()).astype(bool)
+        assert (bits == wanted.flatten().numpy()).mean() > 0.999  # float32 may decide ties otherwise
+    refused(run("merge", "ties", *pool_flags(tiny), "--masks", "x.safetensors", "--out", "y.safetensors"), "no masks")
+    assert not Path("y.safetensors").exists()
 
 
 # scans
