@@ -344,7 +344,8 @@ class Pool:
         if self._given_source is not None:
             return self._given_source(self._workers)
         experts = [self._models.experts[name] for name in self.names]
-        return Stored(self._models.base, experts, self.tensors)
+        frozen = sum(prod(shape) for name, shape in self.candidates.items() if name not in self.tensors)
+        return Stored(self._models.base, experts, self.tensors, frozen)
 
     @cached_property
     def _resident(self) -> Resident:

@@ -37,6 +37,7 @@ class Resident:
     def __init__(self, source: TaskVectors, workers: Workers) -> None:
         self.n = source.n
         self.shapes: Mapping[str, Shape] = source.shapes
+        self.frozen = source.frozen
         self.offsets: dict[str, int] = {}
         total = 0
         for name, shape in source.shapes.items():

@@ -60,6 +60,8 @@ class TaskVectors(Protocol):
     shapes: Mapping[str, Shape]
     serial: bool
     """Pieces must be taken in order by one thread (a transform works on whole tensors, one at a time)."""
+    frozen: int
+    """Elements of the tensors that are identical in all models, which are not among `shapes`."""
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return elements [start, stop) of the base, float32, flat; not to be written to."""
@@ -108,9 +110,12 @@ class Stored:
 
     serial = False
 
-    def __init__(self, base: Checkpoint, experts: Sequence[Checkpoint], shapes: Mapping[str, Shape]) -> None:
+    def __init__(
+        self, base: Checkpoint, experts: Sequence[Checkpoint], shapes: Mapping[str, Shape], frozen: int = 0
+    ) -> None:
         self.n = len(experts)
         self.shapes = shapes
+        self.frozen = frozen
         self._base = {name: float32_reader(base, name) for name in shapes}
         self._experts = {name: [float32_reader(expert, name) for expert in experts] for name in shapes}
 
@@ -159,6 +164,7 @@ class Transformed:
         self._held: tuple[str, torch.Tensor] | None = None
         self.n = source.n
         self.shapes = source.shapes
+        self.frozen = source.frozen
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return the base, which a transform leaves alone."""
@@ -218,6 +224,7 @@ class Narrowed:
     def __init__(self, source: TaskVectors, shapes: Mapping[str, Shape]) -> None:
         self.n = source.n
         self.shapes = shapes
+        self.frozen = 0
         self.serial = source.serial
         self.base = source.base
         self.deltas = source.deltas
@@ -231,6 +238,7 @@ class Selected:
         self._experts = tuple(experts)
         self.n = len(experts)
         self.shapes = source.shapes
+        self.frozen = source.frozen
         self.serial = source.serial
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:

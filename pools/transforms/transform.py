@@ -118,6 +118,7 @@ class Prepared:
         self._apply = transform.prepare(source, workers, names)
         self.n = source.n
         self.shapes: Mapping[str, Shape] = source.shapes
+        self.frozen = source.frozen
         self.serial = source.serial
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:

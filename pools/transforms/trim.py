@@ -2,8 +2,9 @@
 
     τ̂ = τ · 1[|τ| among the k largest],   k = density · size
 
-`per="model"` counts over all tensors of an expert, as the paper and its code do: int(density · size) + 1 entries, and
-what ties with the last of them. `per="tensor"` keeps exactly int(density · size), at least 1, of each tensor.
+`per="model"` counts over all tensors of an expert, those that no expert has changed too, as the paper and its code do:
+int(density · size) + 1 entries, and what ties with the last of them. `per="tensor"` keeps exactly int(density · size),
+at least 1, of each tensor.
 Source: Yadav et al. (2023), TIES-Merging: Resolving Interference When Merging Models, section 4.
 """
 
@@ -47,7 +48,7 @@ class Trim(Transform):
         if all(density == 1 for density in densities):
             return unchanged
         if self.per == "model":
-            total = sum(prod(shape) for shape in source.shapes.values())
+            total = source.frozen + sum(prod(shape) for shape in source.shapes.values())
             whole = model_cuts(source, workers, [int(density * total) + 1 for density in densities])
             return Threshold(dict.fromkeys(source.shapes, whole))
         cuts = tensor_cuts(source, workers, lambda shape, expert: [max(1, int(densities[expert] * prod(shape)))])
