@@ -53,22 +53,27 @@ class Part:
         self._source = source
         self._scratch = scratch
         self._base: torch.Tensor | None = None
+        self._host: torch.Tensor | None = None
 
     @property
     def base(self) -> torch.Tensor:
         """θ0 [size], flat, float32; not to be written to."""
         if self._base is None:
+            self._base = self._on_host().to(self.device)
+        return self._base
+
+    def _on_host(self) -> torch.Tensor:
+        """Return θ0 [size], which is read once, as every rule takes it and all differences need it."""
+        if self._host is None:
             limit = self._scratch.limit
             if self.size <= limit:
-                piece = self._source.base(self.name, self.start, self.stop, self._scratch)
-                self._base = piece if self.device.type == "cpu" else piece.to(self.device)
+                self._host = self._source.base(self.name, self.start, self.stop, self._scratch)
             else:
-                whole = torch.empty(self.size)
+                self._host = torch.empty(self.size)
                 for a in range(self.start, self.stop, limit):
                     b = min(a + limit, self.stop)
-                    whole[a - self.start : b - self.start] = self._source.base(self.name, a, b, self._scratch)
-                self._base = whole.to(self.device)
-        return self._base
+                    self._host[a - self.start : b - self.start] = self._source.base(self.name, a, b, self._scratch)
+        return self._host
 
     def stack(self) -> torch.Tensor:
         """Return all task vectors [n, size], float32, freshly allocated where they are whole tensors.
@@ -77,14 +82,13 @@ class Part:
         """
         limit = self._scratch.limit
         if self.size <= limit and self.device.type == "cpu":
-            _ = self.base  # which every rule takes: read once, not again for the differences
             stack = self._scratch.stack(self.n, self.size)
         else:
             stack = torch.empty(self.n, self.size, device=self.device)
         for a in range(self.start, self.stop, limit):
             b = min(a + limit, self.stop)
             for positions, delta in self._source.deltas(
-                self.name, range(self.n), a, b, self._scratch, self._cached(a, b)
+                self.name, range(self.n), a, b, self._scratch, self._piece(a, b)
             ):
                 stack[positions, a - self.start : b - self.start] = delta.to(self.device)
         return stack
@@ -95,7 +99,7 @@ class Part:
         found = torch.empty(self.size)
         for a in range(self.start, self.stop, limit):
             b = min(a + limit, self.stop)
-            for _, delta in self._source.deltas(self.name, [expert], a, b, self._scratch, self._cached(a, b)):
+            for _, delta in self._source.deltas(self.name, [expert], a, b, self._scratch, self._piece(a, b)):
                 found[a - self.start : b - self.start] = delta[0]
         return found.to(self.device)
 
@@ -117,11 +121,9 @@ class Part:
         """Which side of the matrix a Gram matrix belongs to: 1 for W.reshape(out, d), 0 for W.reshape(d, out)."""
         return None if self.statistics is None else self.statistics.axes.get(self.name)
 
-    def _cached(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the base of a piece if it has been read, on the host."""
-        if self._base is None or self.device.type != "cpu":
-            return None
-        return self._base[start - self.start : stop - self.start]
+    def _piece(self, start: int, stop: int) -> torch.Tensor:
+        """Return a piece of the base on the host."""
+        return self._on_host()[start - self.start : stop - self.start]
 
 
 Rule = Callable[[Part], torch.Tensor]

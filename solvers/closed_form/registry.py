@@ -187,6 +187,26 @@ MERGES: dict[str, Entry] = {
         "The direction nearest to all, with the mean norm, tensor by tensor.",
         "Buss and Fillmore (2001), Spherical Averages; Karcher (1977)",
     ),
+    "tsv-m": Entry(
+        "spectral:TSVM",
+        "Matrices: the top singular directions of each expert, whitened against those of the others.",
+        "Gargiulo et al. (2025), Task Singular Vectors: Reducing Task Interference in Model Merging",
+    ),
+    "iso-c": Entry(
+        "spectral:IsoC",
+        "Matrices: the sum of task vectors with all singular values made equal.",
+        "Marczak et al. (2025), No Task Left Behind: Isotropic Model Merging",
+    ),
+    "iso-cts": Entry(
+        "spectral:IsoCTS",
+        "Iso-C with a part of the directions taken from each task.",
+        "Marczak et al. (2025), No Task Left Behind: Isotropic Model Merging",
+    ),
+    "knots": Entry(
+        "spectral:Knots",
+        "Matrices: TIES in the common singular basis of all updates.",
+        "Stoica et al. (2025), Model Merging with SVD to Tie the Knots (KnOTS)",
+    ),
 }
 
 

@@ -28,6 +28,7 @@ SHAPES = {
     "scale": (),
     "empty": (0, 3),
 }
+SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values()) + 5  # with what is the same in all models
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -142,7 +143,7 @@ def trimmed(taus, density, per):
         }
     flat = np.concatenate([rows.reshape(n, -1) for rows in taus.values()], axis=1)
     size = flat.shape[1]
-    place = min(size, int(density * size) + 1)
+    place = min(size, int(density * SIZE) + 1)
     cuts = [np.sort(np.abs(row))[size - place] for row in flat]
     return {
         name: np.stack([row * (np.abs(row) >= cut) for row, cut in zip(rows, cuts, strict=True)])
@@ -336,6 +337,86 @@ def spherical_mean(base, rows, of="weights"):
     return found.reshape(base.shape) + (base if of == "task-vectors" else 0)
 
 
+def spectral(matrix):
+    """Make a reference of matrix(rows [n, m, p], **options) -> [m, p], with the mean for what is no matrix."""
+
+    def reference(base, rows, scale=1.0, **options):
+        return base + scale * (matrix(rows, **options) if base.ndim == 2 else rows.mean(0))
+
+    return per_tensor(reference)
+
+
+def svd(matrix):
+    """Singular triples that are not 0, largest first."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    kept = s > 1e-6 * s[0]
+    return u[:, kept], s[kept], vh[kept]
+
+
+def polar(matrix):
+    """The partial isometry A (AᵀA)^{-1/2}, by the pseudoinverse of the root."""
+    values, vectors = np.linalg.eigh(matrix.T @ matrix)
+    kept = values > 1e-12 * values[-1]
+    return matrix @ (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+
+
+def tsv_m(rows):
+    n, size = len(rows), min(rows.shape[1:])
+    if size < n:
+        return rows.mean(0)
+    triples = [svd(row) for row in rows]
+    left = np.concatenate([u[:, : size // n] for u, _, _ in triples], axis=1)
+    values = np.concatenate([s[: size // n] for _, s, _ in triples])
+    right = np.concatenate([vh[: size // n] for _, _, vh in triples])
+    return polar(left) @ np.diag(values) @ polar(right)
+
+
+def iso_c(rows):
+    total = rows.sum(0)
+    if not total.any():
+        return total
+    return np.linalg.svd(total, compute_uv=False).mean() * polar(total)
+
+
+def iso_cts(rows, common=0.8):
+    n, size = len(rows), min(rows.shape[1:])
+    own = min(round((size - int(common * size)) / n), size // n)
+    shared = size - own * n
+    u, s, vh = (x for x in svd(rows.sum(0)))
+    u, s, vh = u[:, :shared], s[:shared], vh[:shared]
+    left, values, right = [u], list(s), [vh]
+    for row in rows:
+        w, x, zh = svd(row - u @ u.T @ row)
+        left.append(w[:, :own])
+        values += list(x[:own])
+        right.append(zh[:own])
+    return sum(values) / size * polar(np.concatenate(left, axis=1)) @ polar(np.concatenate(right))
+
+
+def knots(base, taus, names, inner="ties", density=0.2, weights=None, scale=1.0):
+    w = given(weights, names)
+    merged = {}
+    for name, rows in taus.items():
+        if base[name].ndim != 2:
+            merged[name] = base[name] + scale * np.tensordot(w, rows, 1) / len(rows)
+            continue
+        u, s, vh = svd(np.concatenate(list(rows), axis=1))
+        width = rows.shape[2]
+        turned = np.stack([s[:, None] * vh[:, i * width : (i + 1) * width] for i in range(len(rows))])
+        if inner == "linear":
+            found = np.tensordot(w, turned, 1)
+        else:
+            if density < 1:
+                k = max(1, int(density * turned[0].size))
+                turned = np.stack([row * largest(row, k) for row in turned])
+            turned = w.reshape(-1, 1, 1) * turned
+            agrees = np.sign(turned) == np.sign(turned.sum(0))
+            divisor = (agrees * w.reshape(-1, 1, 1)).sum(0)
+            found = (turned * agrees).sum(0) / np.where(divisor == 0, 1, divisor)
+        merged[name] = base[name] + scale * u @ found
+    return merged
+
+
 DARE = ("density", "rescale", "seed")
 DELLA = ("density", "epsilon", "rescale", "window", "seed")
 CRUMBS = ("density", "top")
@@ -370,6 +451,10 @@ REFERENCES = {
     "model-stock": per_tensor(model_stock),
     "slerp": per_tensor(slerp),
     "spherical-mean": per_tensor(spherical_mean),
+    "tsv-m": spectral(tsv_m),
+    "iso-c": spectral(iso_c),
+    "iso-cts": spectral(iso_cts),
+    "knots": knots,
     "quadratic": linear(lambda names, weights=None, anchor=0.0: (w := given(weights, names)) / (w.sum() + anchor)),
 }
 W = {"e0": 0.5, "e1": 2.0, "e2": -0.25}
@@ -414,6 +499,10 @@ CASES = {
     "model-stock": [{}, {"average": "angle"}],
     "slerp": [{}, {"t": 0.25, "of": "task-vectors"}, {"t": 1.0, "parallel": 0.0}],
     "spherical-mean": [{}, {"of": "task-vectors"}],
+    "tsv-m": [{}, {"scale": -0.5}],
+    "iso-c": [{}, {"scale": 0.3}],
+    "iso-cts": [{}, {"common": 0.0}, {"common": 1.0}, {"common": 0.4, "scale": 2.0}],
+    "knots": [{}, {"density": 0.6, "weights": W}, {"inner": "linear", "scale": 0.3, "weights": W}, {"density": 1.0}],
     "quadratic": [{}, {"weights": {"e0": 0.5, "e1": 2.0}, "anchor": 1.5}],
 }
 """Options that each method is tried with: the defaults first, then what its variants need."""
@@ -424,10 +513,17 @@ EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2}
 ORDERED = {"analogy", "swa", "ema", "slerp"}
 """Methods for which the order of the experts means something."""
 
+DECOMPOSING: dict[str, float] = {"tsv-m": 1e-4, "iso-c": 2e-5, "iso-cts": 3e-4, "knots": 1e-5}
+"""Methods by singular value decompositions in float32, and what these are off by for the samples' condition."""
+
 SUMMING: dict[str, float] = dict.fromkeys(["metagpt", "model-stock", "slerp", "spherical-mean"], 1e-6)
 """Methods whose coefficients are sums over many entries, and the relative error that another order of them may make."""
 
-INEXACT: dict[str, float] = {"slerp": 1e-6, "spherical-mean": 1e-3}
+INEXACT: dict[str, float] = {
+    "slerp": 2e-6,
+    **dict.fromkeys(["tsv-m", "iso-c", "iso-cts", "knots"], 2e-5),
+    "spherical-mean": 1e-3,
+}
 """Methods by which entries that are the same in all models change: by rounding, or with the norm of the tensor."""
 
 
@@ -478,7 +574,8 @@ def tables():
         cases=CASES,
         experts=EXPERTS,
         ordered=ORDERED,
-        summing=SUMMING,
+        summing={**SUMMING, **DECOMPOSING},
+        decomposing=DECOMPOSING,
         inexact=INEXACT,
         same=same,
         states=states,

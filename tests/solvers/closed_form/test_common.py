@@ -51,14 +51,14 @@ def test_equals_the_reference(case, kind, n, oracle, tables, count):
     n = count(name, n)
     options = restricted(options, n)
     pool, wanted = oracle(name, options, kind, n)
-    tables.same(merge_weights(pool, make_merge({"name": name, **options})), wanted)
+    tables.same(merge_weights(pool, make_merge({"name": name, **options})), wanted, tables.decomposing.get(name, 2e-6))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["normal", "grid"])
 def test_equals_the_reference_in_half_precision(method, kind, dtype, oracle, tables, count):
     pool, wanted = oracle(method, {}, kind, count(method, 4), dtype)
-    tables.same(merge_weights(pool, make_merge(method)), wanted)
+    tables.same(merge_weights(pool, make_merge(method)), wanted, tables.decomposing.get(method, 2e-6))
 
 
 def restricted(options, n):
@@ -102,8 +102,9 @@ def test_equivariant_to_the_order_of_the_pool(method, sampled, count, tables):
     base, experts = sampled("normal", count(method, 4), "float32")
     one = merge_weights(Pool.from_state_dicts(base, experts), make_merge(method))
     other = merge_weights(Pool.from_state_dicts(base, dict(reversed(experts.items()))), make_merge(method))
+    within = tables.decomposing.get(method, 2e-6)
     for name in one:
-        torch.testing.assert_close(other[name], one[name], rtol=2e-6, atol=2e-6, msg=name)
+        torch.testing.assert_close(other[name], one[name], rtol=2e-6, atol=within, msg=name)
 
 
 def test_experts_like_the_base_change_nothing(method, sampled, count, tables):
@@ -257,7 +258,7 @@ def test_progress_reaches_the_end(method, oracle, count):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_runs_on_a_transformed_pool(method, oracle, count):
+def test_runs_on_a_transformed_pool(method, oracle, count, tables):
     """On a pool whose task vectors are doubled a merge is what it is for the doubled experts."""
     pool, _ = oracle(method, {}, "grid", count(method, 4))
     doubled = pool.transform(lambda name, base, taus: 2 * taus, "doubled")
@@ -266,5 +267,6 @@ def test_runs_on_a_transformed_pool(method, oracle, count):
     experts = {name: {**base, **pool.combine(2 * np.eye(pool.n)[i : i + 1], one)} for i, name in enumerate(pool.names)}
     found = merge_weights(doubled, make_merge(method))
     wanted = merge_weights(Pool.from_state_dicts(base, experts), make_merge(method))
+    within = tables.decomposing.get(method, 2e-6)
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=2e-6, atol=2e-6, msg=name)
+        torch.testing.assert_close(found[name], wanted[name], rtol=2e-6, atol=within, msg=name)
