@@ -3,8 +3,9 @@
     python benchmarks/zoo_methods.py 8      8 tasks, the pool holds their 8 experts
     python benchmarks/zoo_methods.py all    all 24 tasks and experts
 
-Top-1 in percent on 200 test images a task. Scales are chosen on 40 labelled validation images a task; Fishers and
-Grams come from 64 training images a task, without labels. Rows that the JSON file holds are not computed again.
+Top-1 in percent on 200 test images a task. Scales are chosen on 40 labelled validation images a task; Fishers (by
+sampled labels) and Grams come from 64 training images a task, without labels. Rows that the JSON file holds are not
+computed again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,18 @@ Row = dict[str, Any]
 def measure(folder: Path, names: Sequence[str]) -> Path:
     """Have Fishers and Grams computed where they are not there yet."""
     flags = [flag for name in names for flag in ("--expert", name, "--task", name)]
-    kinds = ["--kind", "fisher", "--kind", "gram", "--limit", str(MEASURED), "--out", str(folder)]
+    kinds = [
+        "--kind",
+        "fisher",
+        "--kind",
+        "gram",
+        "--estimator",
+        "sampled",
+        "--limit",
+        str(MEASURED),
+        "--out",
+        str(folder),
+    ]
     command(["stats", "--zoo", *flags, *kinds], standalone_mode=False)
     return folder
 
