@@ -435,6 +435,8 @@ class Quadratic(Merge):
                 f"The 'domain' parameter of Quadratic constrains coefficients: with domain={self.domain!r} set "
                 "over='coefficients'."
             )
+        if self.upper != 1 and self.domain != "box":
+            raise OptionError("The 'upper' parameter of Quadratic belongs to domain 'box'.")
         if self.metric == "identity" and self.ridge:
             raise OptionError("The 'ridge' parameter of Quadratic belongs to metric 'fisher' or 'gram'.")
         if self.metric != "gram" and self.shrink != 1:
