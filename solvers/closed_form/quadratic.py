@@ -35,6 +35,7 @@ from ..domains import DOMAINS, Box, Domain
 from ..errors import OptionError, check_choice, check_number
 from .convex import minimize
 from .merge import Matrix, Merge, Part, Rule, check_weights, expert_weights
+from .norms import squared_norms
 
 if TYPE_CHECKING:
     from ...pools.statistics import Statistics
@@ -489,7 +490,7 @@ class Quadratic(Merge):
 
     def _masses(self, pool: Pool) -> Matrix:
         if self.weights == "norms":
-            squares = pool.gram(pool.blocks("model"))[0].diagonal()
+            squares = np.sum(list(squared_norms(pool).values()), axis=0)
             return squares * (pool.n / squares.sum()) if squares.any() else np.ones(pool.n)
         return masses(None if isinstance(self.weights, str) else self.weights, pool, self)
 
