@@ -105,7 +105,8 @@ class GramSystem:
             raise OptionError(
                 f"The Grams of {name!r} are singular: their weighted sum {list(matrix.shape)} has combinations of "
                 "inputs that the data never showed, so the outputs do not determine the tensor. Set 'shrink' below 1 "
-                "(0.9), a 'ridge' or an 'anchor' above 0, or compute them on more samples."
+                "(such as 0.9) or 'ridge' above 0, or 'anchor' where the method has it; or compute them on more "
+                "samples. The method 'mats' needs none of this."
             )
         return torch.cholesky_solve((right * scale).T, factor).T * scale
 

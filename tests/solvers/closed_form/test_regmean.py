@@ -185,6 +185,17 @@ def test_grams_of_the_wrong_size_and_missing_ones(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_some_tensors_take_another_merge():
+    """Statistics are found by name, whichever tensors are left to the method."""
+    world = Linears(2, seed=7)
+    overrides = [("conv", make_merge("average")), ("proj", make_merge({"name": "regmean", "shrink": 0.5}))]
+    found = merge_weights(world.pool, make_merge("regmean"), world.grams(), overrides=overrides)
+    for key in SHAPES:
+        spec = {"conv": "average", "proj": {"name": "regmean", "shrink": 0.5}}.get(key, "regmean")
+        alone = merge_weights(world.pool, make_merge(spec), world.grams())
+        torch.testing.assert_close(found[key], alone[key], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["regmean", "mats"])
 def test_equivariant_to_the_order_of_the_pool(name):
     world = Linears(4, seed=6)
