@@ -72,9 +72,8 @@ def method_of(recipe: Mapping[str, Any], tensor: str) -> dict[str, Any]:
 def merged(recipe: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What our recipe makes of the models."""
     states = {model: {name: torch.from_numpy(value) for name, value in of.items()} for model, of in WEIGHTS.items()}
-    pool = Pool.from_state_dicts(
-        states[recipe["pool"]["base"]], {e: states[path] for e, path in recipe["pool"]["experts"].items()}
-    )
+    of = {name: states["/".join(Path(path).parts[-2:])] for name, path in recipe["pool"]["experts"].items()}
+    pool = Pool.from_state_dicts(states["/".join(Path(recipe["pool"]["base"]).parts[-2:])], of)
     found: dict[str, np.ndarray] = {}
     methods = {name: method_of(recipe, name) for name in TENSORS}
     for method in {json.dumps(method): method for method in methods.values()}.values():
@@ -235,6 +234,79 @@ def test_the_order_of_the_models_does_not_matter(spec, data, folder):
         np.testing.assert_allclose(value, again[name], rtol=0, atol=2e-5)
 
 
+# Methods by angles.
+
+
+def slerp(t: float, a: np.ndarray, b: np.ndarray, parallel: float) -> np.ndarray:
+    cosine = np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1)
+    if abs(cosine) > parallel:
+        return (1 - t) * a + t * b
+    angle = np.arccos(cosine)
+    return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+
+
+def by_angles(spec: Mapping[str, Any], name: str) -> np.ndarray:
+    """slerp, nuslerp and model_stock of one tensor, in float64."""
+    top, base = spec.get("parameters", {}), spec.get("base_model")
+    values = {model: WEIGHTS[model][name].astype(np.float64) for model in MODELS}
+    others = [entry["model"] for entry in spec["models"] if entry["model"] != base]
+    if spec["merge_method"] == "slerp":
+        return slerp(lookup("t", name, [top], None), values[base], values[others[0]], 0.9995)
+    origin = values[base] if base is not None else 0.0
+    deltas = [values[model] - origin for model in others]
+    if spec["merge_method"] == "nuslerp":
+        own = {entry["model"]: entry.get("parameters", {}) for entry in spec["models"]}
+        first, second = (lookup("weight", name, [own[model], top], None) for model in others)
+        return origin + slerp(second / (first + second), deltas[0], deltas[1], 1.0)
+    units = [delta / np.linalg.norm(delta) for delta in deltas]
+    cosine = np.mean([a @ b for a, b in itertools.combinations(units, 2)])
+    n = len(deltas)
+    return origin + n * cosine / (1 + (n - 1) * cosine) * np.mean(deltas, axis=0)
+
+
+@st.composite
+def angular(draw: st.DrawFn) -> dict[str, Any]:
+    """Valid recipes of slerp, nuslerp and model_stock."""
+    method = draw(st.sampled_from(["slerp", "nuslerp", "model_stock"]))
+    count = {"slerp": 1, "nuslerp": 2}.get(method) or draw(st.integers(2, 3))
+    listed = draw(st.permutations(MODELS[1:]))[:count]
+    named = method != "nuslerp" or draw(st.booleans())
+    if named and draw(st.booleans()):
+        listed.insert(draw(st.integers(0, count)), "m/base")
+    spec: dict[str, Any] = {"merge_method": method, "models": [{"model": model} for model in listed]}
+    if method == "nuslerp":
+        for entry in spec["models"]:
+            entry["parameters"] = {"weight": draw(setting(number))}
+    if method == "slerp":
+        spec["parameters"] = {"t": draw(setting(st.sampled_from([0, 0.25, 0.5, 0.7, 1])))}
+    return spec | ({"base_model": "m/base"} if named else {})
+
+
+@relaxed
+@given(spec=angular())
+def test_our_merge_by_angles_is_mergekits(spec, folder):
+    recipe = from_mergekit(spec, "recipe", folder=folder)
+    for name, value in merged(recipe).items():
+        np.testing.assert_allclose(value, by_angles(spec, name), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("base", [None, "m/base"])
+def test_karcher_is_the_spherical_mean_of_all_models(base):
+    spec = {"merge_method": "karcher", "models": [{"model": model} for model in MODELS[1:]], "base_model": base}
+    found = merged(from_mergekit(spec, "recipe"))
+    for name, value in found.items():
+        vectors = np.stack([WEIGHTS[model][name].astype(np.float64) for model in (MODELS if base else MODELS[1:])])
+        norms = np.linalg.norm(vectors, axis=1)
+        mean = value / np.linalg.norm(value)
+        cosines = vectors @ mean / norms
+        tangent = (np.arccos(cosines) / np.sqrt(1 - cosines**2)) @ (vectors / norms[:, None] - np.outer(cosines, mean))
+        np.testing.assert_allclose(tangent, 0, atol=1e-5)  # where the mean of the logarithms vanishes
+        np.testing.assert_allclose(np.linalg.norm(value), norms.mean(), rtol=1e-6)
+
+
+# However it is written.
+
+
 def as_written(value: Any, write: Callable[[float], Any]) -> Any:
     """A recipe with every number written in another way."""
     if isinstance(value, dict):
@@ -245,7 +317,7 @@ def as_written(value: Any, write: Callable[[float], Any]) -> Any:
 
 
 @relaxed
-@given(spec=recipes(SHARED))
+@given(spec=recipes(SHARED) | angular())
 def test_numbers_are_the_same_however_they_are_written(spec, folder):
     recipe = from_mergekit(spec, "recipe", folder=folder)
     for write in (float, repr, lambda value: int(value) if value == int(value) else f"{value:.17e}"):
@@ -253,10 +325,10 @@ def test_numbers_are_the_same_however_they_are_written(spec, folder):
 
 
 @relaxed
-@given(spec=recipes(SHARED))
+@given(spec=recipes(SHARED) | angular())
 def test_a_recipe_survives_yaml(spec, folder):
     recipe = from_mergekit(spec, "recipe", folder=folder)
-    assert from_yaml(yaml.safe_dump(recipe)) == recipe
+    assert from_yaml(yaml.safe_dump(recipe, sort_keys=False)) == recipe
     assert from_mergekit(from_yaml(yaml.safe_dump(spec)), "recipe", folder=folder) == recipe
 
 
@@ -329,7 +401,7 @@ def with_change(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 @relaxed
-@given(spec=recipes((*METHODS, "breadcrumbs_ties")), data=st.data())
+@given(spec=recipes((*METHODS, "breadcrumbs_ties")) | angular(), data=st.data())
 def test_a_recipe_with_one_change_is_a_recipe_or_a_problem_that_is_told(spec, data, folder):
     parses_or_tells(spec, folder)
     path = data.draw(st.sampled_from(places(spec)[1:]))
@@ -477,7 +549,7 @@ def test_one_slice_of_all_layers_is_a_list_of_models(folder):
     spec = {"merge_method": "ties", "base_model": "m/base", "slices": [{"sources": sources}]}
     models = [{"model": source["model"], "parameters": source["parameters"]} for source in sources]
     listed = {"merge_method": "ties", "base_model": "m/base", "models": models}
-    assert from_mergekit(spec, "recipe", folder=folder) == from_mergekit(listed, "recipe")
+    assert from_mergekit(spec, "recipe", folder=folder) == from_mergekit(listed, "recipe", folder=folder)
     cut = [{**source, "layer_range": [0, 2]} for source in sources]
     with pytest.raises(UsageProblem, match=r"\[0, 2\] of 4 layers"):
         from_mergekit({**spec, "slices": [{"sources": cut}]}, "recipe", folder=folder)
@@ -553,7 +625,7 @@ def parameters(method: str, **values: Any) -> dict[str, Any]:
         (change(modules={}), "'modules' are not here"),
         (change(model="org/a"), "unknown field of a mergekit recipe 'model'. Did you mean 'models'"),
         (change(models=[*TIES["models"], TIES["models"][0]]), "'org/a' is listed twice"),
-        (change(models=experts("base", weight=1)), "ties merges at least 1 model beside the base"),
+        (change(models=experts("base", weight=1)), "ties merges at least 1 model (beside the base, 'org/base'); found 0"),
         (change(models=experts("a+lora", weight=1)), "adds a LoRA adapter"),
         (change(models=[{"model": {"model": "org/a", "override_architecture": "X"}}]), "override_architecture"),
         (change(models=experts("a")), "lacks a weight, which has no default"),
@@ -570,12 +642,32 @@ def parameters(method: str, **values: Any) -> dict[str, Any]:
         (change(parameters={"normalize": "yes"}), "'normalize' must be true or false"),
         (change(parameters={"gamma": 0.1}), "'gamma' has no effect on ties"),
         (change(parameters={"lambda": [0, 1]}), "needs the number of layers"),
-        (change(dtype="float64"), "arithmetic in float64"),
+        (change(dtype="float64"), "unknown dtype 'float64'"),
         (change(dtype="int8"), "unknown dtype 'int8'"),
         (change(tokenizer_source="union"), "'tokenizer_source: union' is not here"),
         (change(tokenizer={"source": "base", "tokens": {"x": {}}}), "'tokens' changes the vocabulary"),
         (change(chat_template="chatml"), "'chat_template' is not here"),
         (parameters("task_arithmetic", density=0.5), "'density' has no effect on task_arithmetic"),
+        (parameters("model_stock"), "'weight' has no effect on model_stock; leave it out. It has filter_wise"),
+        ({**TIES, "merge_method": "slerp", "models": experts("a", "b"), "parameters": {"t": 0.5}}, "found 3"),
+        ({**TIES, "merge_method": "slerp", "models": experts("a")}, "lacks a t, which has no default"),
+        ({**TIES, "merge_method": "slerp", "models": experts("a"), "parameters": {"t": 1.5}}, "between 0 and 1"),
+        ({**TIES, "merge_method": "model_stock", "models": experts("a")}, "at least 2 models (beside the base"),
+        ({"merge_method": "karcher", "models": experts("a", "b"), "parameters": {"tol": 1e-3}}, "to convergence"),
+        ({"merge_method": "karcher", "models": experts("a")}, "at least 2 models (the base included)"),
+        (
+            {"merge_method": "nuslerp", "models": experts("a", "b", weight=1)} | {"parameters": {"nuslerp_flatten": 0}},
+            "interpolates single rows",
+        ),
+        (
+            {"merge_method": "nuslerp", "models": [*experts("a", weight=1), *experts("b", weight=-3)]},
+            "the share of the second weight must be between 0 and 1",
+        ),
+        (
+            {"merge_method": "model_stock", "base_model": "org/base", "models": experts("a", "b")}
+            | {"parameters": {"filter_wise": True}},
+            "angles of single filters",
+        ),
         (parameters("linear", normalize=False), "weights that sum to 3 scales the whole model"),
         (parameters("della", density=0.9, epsilon=0.2), "density 0.9 and epsilon 0.2"),
         (
