@@ -6,14 +6,15 @@ over all θ, or over the pool's points θ = θ0 + Σ_i Λ[b,i] τ_i with Λ free
 H_t is the identity, a diagonal Fisher, or a Gram G_t of layer inputs, which acts on the rows of a matrix: for a linear
 map W, (W − W_t) G_t (W − W_t)ᵀ sums the squared change of its outputs on the data of task t.
 
-    identity                      the average; with w by name the weighted average; with μ = 1/α − n PAINT at α
-    identity, w_t = ‖τ_t‖²        MetaGPT
-    fisher                        Fisher merging; of two experts, EWC fusion
-    fisher, ridge H0, μ (1 − Σ w) H0   uncertainty-based gradient matching
-    gram, off-diagonals shrunk    RegMean, and MaTS where its conjugate gradients have converged
+    identity                              the average, weighted by w; with w = 1 and μ = 1/α − n PAINT at α
+    identity, w_t = ‖τ_t‖²                MetaGPT
+    fisher                                Fisher merging; of two experts, EWC fusion
+    fisher, ridge H0, μ = (1 − Σ w) H0    uncertainty-based gradient matching
+    gram, off-diagonals shrunk            RegMean, and MaTS where its conjugate gradients have converged
 
 Over θ the minimum has a closed form; over Λ it is a quadratic program of n variables a block, whose matrices take one
-pass of the pool. All functions of tensors keep the type that they are given; solves and sums over tensors are float64.
+pass of the pool (two with Grams). Functions of tensors keep the type that they are given; solves and sums over tensors
+are float64.
 """
 
 from __future__ import annotations
