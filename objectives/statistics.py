@@ -141,21 +141,23 @@ def fisher_diagonal(
         for chunk in _chunks(task, size, progress):
             with readable_out_of_memory(len(chunk), task.name, model.device), _through_vmap(size):
                 _add_squares(model, tensors, task, chunk, estimator, draws[chunk], sums)
-    for name, total in sums.items():
-        if not bool(total.isfinite().all()):
+    found: Weights = {}
+    for name in list(sums):
+        found[name] = sums.pop(name).div_(len(task)).to("cpu", torch.float32)
+        if not bool(found[name].isfinite().all()):
             raise DataError(
                 f"{owner}: the gradient of {name!r} on task {task.name!r} is not finite; the weights or the inputs "
                 "hold NaN or infinity, or the loss overflows."
             )
     return Statistic(
         "fisher",
-        {name: (total / len(task)).to("cpu", torch.float32) for name, total in sums.items()},
+        found,
         task.name,
         task.fingerprint,
         len(task),
         seed,
         estimator,
-        rows=dict.fromkeys(sums, len(task)),
+        rows=dict.fromkeys(found, len(task)),
     )
 
 
@@ -191,7 +193,12 @@ def _add_squares(
             logits = vmap(one, in_dims=(batched, 0), randomness="different")(leaves, inputs.to(model.device))
     else:
         logits = model.logits(leaves, inputs, task)
-    if not logits.requires_grad:
+    if not bool(logits.detach().isfinite().all()):
+        raise DataError(
+            f"fisher_diagonal: the logits on task {task.name!r} are not finite; the weights or the inputs hold NaN or "
+            "infinity."
+        )
+    if not logits.requires_grad:  # no parameter has an effect
         return
     log_p = logits.double().log_softmax(dim=-1)
     p = log_p.detach().exp()
