@@ -152,9 +152,24 @@ def test_files_can_be_named_or_lie_in_a_folder_of_their_own(folder, tmp_path):
         Statistics.open(pool, "fisher", tmp_path / "nowhere")
 
 
-def test_statistics_of_a_sharded_folder_are_inside_it(tmp_path):
-    (tmp_path / "model").mkdir()
-    assert statistics_path(tmp_path / "model", "gram") == tmp_path / "model" / "model.gram.safetensors"
+def test_statistics_of_a_folder_are_inside_it_and_are_not_its_model(folder, tmp_path):
+    for name, shards in (("single", 1), ("sharded", 2)):
+        place = tmp_path / name
+        place.mkdir()
+        state = random_state(1)
+        files = {key: f"model-{k % shards + 1:05d}-of-00002.safetensors" for k, key in enumerate(state)}
+        if shards == 1:
+            save_file(state, place / "model.safetensors")
+        else:
+            for file in set(files.values()):
+                save_file({key: state[key] for key in state if files[key] == file}, place / file)
+            (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        path = place / "model.fisher.safetensors"
+        write_statistics(path, "fisher", fisher(1), {}, expert=place)
+        pool = Pool.open(base=folder / "base.safetensors", experts={"x": place})
+        assert statistics_path(place, "fisher") == path
+        assert torch.equal(Statistics.open(pool, "fisher").tensor("proj", 0), fisher(1)["proj"])
+        assert torch.equal(pool.combine([[1.0]], pool.blocks("model"))["lin.bias"], state["lin.bias"])
     assert statistics_path(tmp_path / "v1.5.pt", "gram") == tmp_path / "v1.5.gram.safetensors"
 
 
