@@ -91,7 +91,7 @@ class Merging:
         """What the merge will read, write and hold."""
         from ..solvers.closed_form import plan
 
-        return plan(self.pool, self.merge, overrides=self.overrides, dtype=self.recipe.dtype)
+        return plan(self.pool, self.merge, self.statistics(), overrides=self.overrides, dtype=self.recipe.dtype)
 
     def statistics(self) -> Statistics | None:
         """The statistics that the method needs, checked against the experts."""

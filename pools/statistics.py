@@ -192,6 +192,11 @@ class Statistics:
         """Return how many rows (samples × tokens) a statistic is the mean of; None where that is not known."""
         return self._rows[self._expert(expert)].get(name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts' statistics as stored."""
+        return sum(info.nbytes for held in self._checkpoints.values() for info in held.tensors.values())
+
     def describe(self) -> dict[str, object]:
         """Return kind and, by expert, file and origin, for the metadata of a merge."""
         keys = ("task", "task_fingerprint", "samples", "estimator", "seed")
