@@ -70,6 +70,8 @@ def write_merge(
     summary = {"merge": json.dumps(describe_merge(merge))}
     if overrides:
         summary["overrides"] = json.dumps([[pattern, describe_merge(other)] for pattern, other in overrides])
+    if statistics is not None:
+        summary["statistics"] = json.dumps(statistics.describe())
     merged = merging(pool, merge, statistics, progress, overrides)
     return pool.write(
         merged, path, dtype=dtype, max_shard_size=max_shard_size, metadata={**summary, **(metadata or {})}
@@ -237,7 +239,14 @@ class Plan:
     device_memory: int
 
 
-def plan(pool: Pool, merge: Merge, *, overrides: Overrides = (), dtype: str | torch.dtype | None = None) -> Plan:
+def plan(
+    pool: Pool,
+    merge: Merge,
+    statistics: Statistics | None = None,
+    *,
+    overrides: Overrides = (),
+    dtype: str | torch.dtype | None = None,
+) -> Plan:
     """Return the cost of a merge without reading any data.
 
     Tensors that are identical in all models, which only reading tells, count as merged.
@@ -250,14 +259,14 @@ def plan(pool: Pool, merge: Merge, *, overrides: Overrides = (), dtype: str | to
     written = pool.written_nbytes(dtype)
     group = 4 * max(min(GROUP, sum(sizes)), largest)
     threads = torch.get_num_threads()
-    rule = max(int(4 * largest * other.held) if other.whole else 0 for other in merges)
+    rule = max(other.memory(shapes.values(), pool.n) for other in merges)
     cuts = 8 * largest * threads if any(t.passes for other in merges for t in other.transforms()) else 0
     on_device = pool.device.type != "cpu"
     return Plan(
         experts=pool.n,
         parameters=sum(sizes),
         passes=passes,
-        bytes_read=passes * pool.candidate_nbytes + written,
+        bytes_read=passes * pool.candidate_nbytes + written + (0 if statistics is None else statistics.nbytes),
         bytes_written=written,
         host_memory=group + pool.memory_needed + max(cuts, 0 if on_device else rule),
         device_memory=rule + 4 * pool.n * operator.gram_limit(operator.PIECE, pool.n) if on_device else 0,

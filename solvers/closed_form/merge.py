@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...pools import Blocks, Pool
-from ...pools.sources import Scratch, TaskVectors
+from ...pools.sources import Scratch, Shape, TaskVectors
 from ...pools.transforms.transform import Transform
 from ..errors import OptionError, unknown
 
@@ -146,6 +146,10 @@ class Merge(ABC):
     def transforms(self) -> Sequence[Transform]:
         """Return the transforms of the task vectors that the rule is applied to, first to last."""
         return ()
+
+    def memory(self, shapes: Iterable[Shape], n: int) -> int:
+        """Return the bytes that a rule on whole tensors of n experts holds, beside what it returns."""
+        return int(4 * self.held * max(map(prod, shapes), default=0)) if self.whole else 0
 
     def check(self, pool: Pool) -> None:  # noqa: B027 (most merges take any pool)
         """Raise OptionError for a pool with more or fewer experts than this merge takes; looks at names only."""

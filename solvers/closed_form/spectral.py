@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from ...pools import Pool
+from ...pools import Pool, PoolError
 from ...pools.magnitudes import Cut, cut
+from ...pools.sources import Shape
 from ..errors import check_choice, check_number
 from .merge import Merge, Part, Rule, check_weights, expert_weights
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 16 * 2.0**-23  # relative to the largest, what a singular value of 0 is in float32 (measured: 6 · 2⁻²³)
+INDEPENDENT = 1e-12  # squared singular values below this, relative to the largest, are 0 in float64
 
 
 def factors(matrix: torch.Tensor, scale: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,15 +34,32 @@ def factors(matrix: torch.Tensor, scale: float = 0.0) -> tuple[torch.Tensor, tor
 
     `scale` is the norm of what the matrix was computed from, where that is larger than the matrix.
     """
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # LAPACK's float32 routine may fail on repeated singular values
+        u, s, vh = (found.float() for found in torch.linalg.svd(matrix.double(), full_matrices=False))
     rank = int((s > ROUNDING * s[0].clamp_min(scale)).sum()) if len(s) else 0
     return u[:, :rank], s[:rank], vh[:rank]
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the nearest matrix with orthonormal columns (or rows): U Vᵀ; on the row space only, if rank is lacking."""
-    u, _, vh = factors(matrix)
-    return u @ vh
+def orthogonal(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+    """Return A (AᵀA)^(−1/2) of parts A side by side (axis 1), or (A Aᵀ)^(−1/2) A of parts below each other (axis 0).
+
+    That is the nearest matrix with orthonormal columns, or rows. Where the parts are not independent, it is so on the
+    space that they span. The root is taken in float64. Empties the list, so that the parts are freed.
+    """
+    stacked = torch.cat(parts, axis)
+    parts.clear()
+    columns = stacked if axis == 1 else stacked.T
+    square = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64, device=stacked.device)
+    for rows in columns.split(1024):
+        square.addmm_(rows.double().T, rows.double())
+    values, vectors = torch.linalg.eigh(square)
+    first = int((values <= values[-1] * INDEPENDENT).sum()) if len(values) else 0
+    vectors = vectors[:, first:]
+    torch.mm(vectors / values[first:].sqrt(), vectors.T, out=square)
+    root = square.float()
+    return stacked @ root if axis == 1 else root @ stacked
 
 
 def mean(part: Part) -> torch.Tensor:
@@ -56,12 +75,23 @@ def total(part: Part, weights: torch.Tensor | None = None) -> torch.Tensor:
     return found
 
 
+def decomposed(matrix: Callable[[Part], torch.Tensor], part: Part) -> torch.Tensor:
+    """Return matrix(part); raise PoolError that names the tensor where a decomposition fails."""
+    try:
+        return matrix(part)
+    except torch.linalg.LinAlgError as error:
+        raise PoolError(
+            f"pool: the singular vectors of {part.name!r} could not be computed: look for NaN and infinity with "
+            "`mergesolve pool inspect`, or leave the tensor out with exclude."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Spectral(Merge):
     """θ = θ0 + scale · a function of the matrices τ_i; of tensors that are no matrices, scale · mean of the τ_i."""
 
     whole: ClassVar[bool] = True
-    held: ClassVar[float] = 10.0
+    held: ClassVar[float] = 20.0  # most of it LAPACK's: copies, factors and workspace, where it fails again in float64
 
     scale: float = 1.0
 
@@ -76,7 +106,7 @@ class Spectral(Merge):
         """Return the rule; nothing is needed of the whole pool."""
 
         def rule(part: Part) -> torch.Tensor:
-            found = self.matrix(part).reshape(-1) if len(part.shape) == 2 else mean(part)
+            found = decomposed(self.matrix, part).reshape(-1) if len(part.shape) == 2 else mean(part)
             return torch.add(part.base, found, alpha=self.scale)
 
         return rule
@@ -106,7 +136,9 @@ class TSVM(Spectral):
             values.append(s[:count])
             right.append(vh[:count].clone())
             del u, vh
-        return orthogonal(torch.cat(left, 1)) * torch.cat(values) @ orthogonal(torch.cat(right))
+        turned = orthogonal(left, 1)
+        turned *= torch.cat(values)
+        return turned @ orthogonal(right, 0)
 
 
 @dataclass(frozen=True)
@@ -134,6 +166,7 @@ class IsoCTS(Spectral):
 
     source: ClassVar[str] = "Marczak et al. (2025), No Task Left Behind: Isotropic Model Merging, section 4.2"
     passes: ClassVar[int] = 2
+    held: ClassVar[float] = 26.0
 
     common: float = 0.8
 
@@ -146,23 +179,22 @@ class IsoCTS(Spectral):
         size, n = min(part.shape), part.n
         own = round((size - int(size * self.common)) / n)
         own = min(own, size // n)
-        u, s, vh = factors(total(part).view(part.shape))
         shared = size - own * n
+        u, s, vh = factors(total(part).view(part.shape))
         common = u[:, :shared].clone()
-        left, values, right = [], [], []
+        left, values, right = [common], [s[:shared]], [vh[:shared].clone()]
+        del u, vh
         for i in range(n if own else 0):
             matrix = part.task_vector(i).view(part.shape)
             norm = float(torch.linalg.vector_norm(matrix))
             matrix -= common @ (common.T @ matrix)
-            own_u, own_s, own_vh = factors(matrix, norm)
-            left.append(own_u[:, :own].clone())
-            values.append(own_s[:own])
-            right.append(own_vh[:own].clone())
-        left.append(common)
-        values.append(s[:shared])
-        right.append(vh[:shared])
-        level = torch.cat(values).sum() / size
-        return level * (orthogonal(torch.cat(left, 1)) @ orthogonal(torch.cat(right)))
+            u, s, vh = factors(matrix, norm)
+            left.append(u[:, :own].clone())
+            values.append(s[:own])
+            right.append(vh[:own].clone())
+            del matrix, u, vh
+        del common
+        return orthogonal(left, 1).mul_(torch.cat(values).sum() / size) @ orthogonal(right, 0)
 
 
 @dataclass(frozen=True)
@@ -187,13 +219,21 @@ class Knots(Spectral):
         check_number(self, "density", 0, 1, closed="right")
         check_weights(self, self.weights)
 
+    def memory(self, shapes: Iterable[Shape], n: int) -> int:
+        """Bytes of the basis of the largest matrix, in float64 with the workspace of its decomposition."""
+        largest = 0
+        for m, p in (shape for shape in shapes if len(shape) == 2):
+            side = min(m, n * p)
+            largest = max(largest, 8 * (5 * side**2 + 3 * (m * side if side < m else 0) + 6 * m * p))
+        return largest
+
     def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
         """Look up the weights."""
         weights = torch.from_numpy(expert_weights(self.weights, pool, self, default=1.0)).float()
 
         def rule(part: Part) -> torch.Tensor:
             if len(part.shape) == 2:
-                found = self._merged(part, weights).reshape(-1)
+                found = decomposed(lambda part: self._merged(part, weights), part).reshape(-1)
             else:
                 found = total(part, weights).div_(part.n)
             return torch.add(part.base, found, alpha=self.scale)
@@ -235,7 +275,7 @@ class Knots(Spectral):
 
 
 def left_basis(part: Part) -> torch.Tensor:
-    """Return the left singular vectors U [m, r] of T = [τ_1 .. τ_n].
+    """Return the left singular vectors U [m, r] of T = [τ_1 .. τ_n], in no order.
 
     From T Tᵀ in float64, which finds those of relative singular value above 1e-6; where T has fewer columns than rows,
     from Tᵀ T.
@@ -244,11 +284,12 @@ def left_basis(part: Part) -> torch.Tensor:
     if part.n * p < m:
         stacked = torch.cat([part.task_vector(i).view(m, p) for i in range(part.n)], 1).double()
         values, vectors = torch.linalg.eigh(stacked.T @ stacked)
-        kept = values > values[-1] * 1e-12
-        return (stacked @ (vectors[:, kept] / values[kept].sqrt())).float()
+        first = int((values <= values[-1] * INDEPENDENT).sum())
+        return (stacked @ vectors[:, first:].div_(values[first:].sqrt())).float()
     square = torch.zeros(m, m, dtype=torch.float64, device=part.device)
     for i in range(part.n):
         matrix = part.task_vector(i).view(m, p).double()
         square.addmm_(matrix, matrix.T)
     values, vectors = torch.linalg.eigh(square)
-    return vectors[:, values > values[-1] * 1e-12].float()
+    del square
+    return vectors[:, int((values <= values[-1] * INDEPENDENT).sum()) :].float()
