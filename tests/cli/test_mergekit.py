@@ -38,7 +38,7 @@ TENSORS = (
 )
 MODELS = ("m/base", "m/first", "m/second", "m/third")
 
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def draw_weights() -> dict[str, dict[str, np.ndarray]]:
@@ -104,7 +104,9 @@ def evaluate(setting: Any, tensor: str) -> Any:
                 return evaluate(condition["value"], tensor)
         return None
     if isinstance(setting, list):
-        return np.interp(layer_position(tensor), np.linspace(0, 1, len(setting)) if len(setting) > 1 else [0], setting)
+        # In this order of operations: the last bit decides how many entries a density keeps.
+        whole, rest = divmod(layer_position(tensor) * (len(setting) - 1), 1)
+        return (1 - rest) * setting[int(whole)] + (rest * setting[int(whole) + 1] if rest else 0)
     return setting
 
 
