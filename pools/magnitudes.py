@@ -49,10 +49,7 @@ EVERYTHING = Cut(0.0, np.iinfo(np.int64).max)
 
 
 def cut(magnitudes: NDArray[np.float32], k: int) -> Cut:
-    """Return the cut below the k largest of a tensor's magnitudes; of equal ones, the first are taken.
-
-    The array is partitioned in place, so indices are looked up by a second reading: see `tensor_cuts`.
-    """
+    """Return the cut below the k largest of a tensor's magnitudes; of equal ones, the first are taken."""
     size = len(magnitudes)
     if k <= 0:
         return NOTHING
@@ -68,34 +65,32 @@ def cut(magnitudes: NDArray[np.float32], k: int) -> Cut:
     return Cut(float(value), int(ties[len(ties) - surplus - 1]))
 
 
-def read_magnitudes(source: TaskVectors, name: str, expert: int, scratch: Scratch) -> NDArray[np.float32]:
-    """Return |τ| of one expert's tensor, [numel], freshly allocated."""
-    size = prod(source.shapes[name])
-    found = torch.empty(size)
-    for start in range(0, size, scratch.limit):
-        stop = min(start + scratch.limit, size)
-        for _, delta in source.deltas(name, [expert], start, stop, scratch):
-            torch.abs(delta[0], out=found[start:stop])
-    values: NDArray[np.float32] = found.numpy()
-    return values
-
-
 def tensor_cuts(
     source: TaskVectors, workers: Workers, counts: Callable[[Shape, int], Sequence[int]]
 ) -> dict[str, list[list[Cut]]]:
-    """Return the cuts below the k largest magnitudes within each tensor: name -> [expert][k], k of `counts(shape,
-    expert)`.
+    """Return the cuts below the k largest magnitudes in each tensor, k of `counts(shape, expert)`: name -> [expert][k].
 
-    One pass; each thread holds the magnitudes of one tensor and a partitioned copy.
+    One pass; each thread holds a tensor of the base, the magnitudes of one expert's, and a partitioned copy of them.
     """
-    found: dict[str, list[list[Cut]]] = {name: [[]] * source.n for name in source.shapes}
+    found: dict[str, list[list[Cut]]] = {}
 
-    def select(item: tuple[str, int], scratch: Scratch) -> None:
-        name, expert = item
-        magnitudes = read_magnitudes(source, name, expert, scratch)
-        found[name][expert] = [cut(magnitudes, k) for k in counts(source.shapes[name], expert)]
+    def select(name: str, scratch: Scratch) -> None:
+        shape = source.shapes[name]
+        size, step = prod(shape), scratch.limit
+        base, magnitudes = torch.empty(size), torch.empty(size)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            base[start:stop] = source.base(name, start, stop, scratch)
+        cuts = []
+        for expert in range(source.n):
+            for start in range(0, size, step):
+                stop = min(start + step, size)
+                for _, delta in source.deltas(name, [expert], start, stop, scratch, base[start:stop]):
+                    torch.abs(delta[0], out=magnitudes[start:stop])
+            cuts.append([cut(magnitudes.numpy(), k) for k in counts(shape, expert)])
+        found[name] = cuts
 
-    workers.run([(name, i) for name in source.shapes for i in range(source.n)], select, serial=source.serial)
+    workers.run(list(source.shapes), select, serial=source.serial)
     return found
 
 

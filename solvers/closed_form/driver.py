@@ -260,7 +260,7 @@ def plan(
     group = 4 * max(min(GROUP, sum(sizes)), largest)
     threads = torch.get_num_threads()
     rule = max(other.memory(shapes.values(), pool.n) for other in merges)
-    cuts = 8 * largest * threads if any(t.passes for other in merges for t in other.transforms()) else 0
+    cuts = 12 * largest * threads if any(t.passes for other in merges for t in other.transforms()) else 0
     on_device = pool.device.type != "cpu"
     return Plan(
         experts=pool.n,
