@@ -115,13 +115,18 @@ COMMANDS = {
     "demo": ("demo", "command", "Merge the embedded zoo with every method and print one table."),
     "zoo": ("zoo", "group", "Build the embedded benchmark, or say what is in it."),
     "pool": ("pool", "group", "Look into a pool of checkpoints before merging it."),
+    "select": ("select", "command", "Choose the experts that are worth merging."),
     "solve": ("solve", "command", "Merge: find the coefficients that minimize an objective."),
     "merge": ("merge", "command", "Merge in closed form: average, TIES, DARE, Fisher, ..."),
     "evaluate": ("evaluate", "command", "Top-1 accuracy of checkpoints and runs on tasks."),
     "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
     "materialize": ("materialize", "command", "Write the merged checkpoint of a run."),
     "plot": ("plot", "command", "Draw runs: coefficients, convergence, steps, vertices."),
-    "list": ("listing", "command", "Solvers, step rules, domains, objectives, presets, methods, transforms."),
+    "list": (
+        "listing",
+        "command",
+        "Solvers, rules, domains, objectives, presets, methods, transforms, selectors.",
+    ),
 }
 
 

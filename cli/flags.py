@@ -45,6 +45,11 @@ pool_flags = _apply(
             metavar="NAME[:KEY=VALUE,...]",
             help="Transform the task vectors, such as trim:density=0.2 (see `list transforms`). Repeatable, in order.",
         ),
+        click.option(
+            "--select",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Choose experts first, such as dpp:k=6 (see `list selectors`), on the tasks' data.",
+        ),
         click.option("--backend", metavar="KIND", help="streaming, resident, or auto (by memory; the default)."),
         click.option("--device", metavar="DEVICE", help="cpu (default) or cuda."),
     ]
@@ -89,6 +94,8 @@ def pool_fields(flags: Mapping[str, Any], *, zoo: bool) -> dict[str, Any]:
     for name in ("backend", "device"):
         if flags.get(name):
             fields[name] = flags[name]
+    if flags.get("select"):
+        fields["select"] = named_options(flags["select"], "--select")
     if flags.get("transforms"):
         fields["transforms"] = [named_options(text, "--transform") for text in flags["transforms"]]
     return fields

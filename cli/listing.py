@@ -9,7 +9,7 @@ import click
 from .flags import json_flag
 from .names import choose
 
-KINDS = ("solvers", "rules", "domains", "objectives", "presets", "methods", "transforms")
+KINDS = ("solvers", "rules", "domains", "objectives", "presets", "methods", "transforms", "selectors")
 
 
 def entries(kind: str) -> list[dict[str, str]]:
@@ -22,6 +22,10 @@ def entries(kind: str) -> list[dict[str, str]]:
         from ..solvers.closed_form.registry import MERGES
 
         return [_entry(name, entry) for name, entry in MERGES.items()]
+    if kind == "selectors":
+        from ..solvers.selection import SELECTORS
+
+        return [_entry(name, entry) for name, entry in SELECTORS.items()]
     if kind == "transforms":
         from ..pools.transforms import TRANSFORMS
 
@@ -52,7 +56,7 @@ def _entry(name: str, entry: Any) -> dict[str, str]:
 @json_flag
 def command(kind: str | None, as_json: bool) -> None:
     """List what can be named: solvers, rules (step rules), domains, objectives, presets; methods of `merge`;
-    transforms of a pool. All of them without KIND.
+    transforms of a pool; selectors of experts. All of them without KIND.
 
     \b
     Examples:

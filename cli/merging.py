@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .names import UsageProblem
 from .recipe import Choice, ModelPart, PoolPart, Recipe, TaskPart
 from .setup import Setup, check_transform
+from .stats import FOLDER
 
 if TYPE_CHECKING:
     from ..objectives import Task
@@ -32,7 +33,8 @@ class MergeRecipe:
     """A closed-form merge, completely.
 
     out: a .safetensors file or a folder. statistics: a folder with files NAME.fisher.safetensors or
-    NAME.gram.safetensors, or a mapping of experts to files; unless given they lie beside the experts. scan: option ->
+    NAME.gram.safetensors, or a mapping of experts to files; unless given they lie beside the experts, and those of the
+    zoo in ./statistics. scan: option ->
     values to try on the tasks. zoo, pool, model, tasks, split and limit are those of a solve recipe.
     """
 
@@ -109,7 +111,10 @@ class Merging:
             return None
         if len(kinds) > 1:
             raise UsageProblem(f"the method and its overrides need {' and '.join(sorted(map(str, kinds)))}; take one.")
-        return Statistics.open(self.pool, str(kinds.pop()), self.recipe.statistics)
+        place = self.recipe.statistics
+        if place is None and self.recipe.zoo and Path(FOLDER).is_dir():
+            place = FOLDER
+        return Statistics.open(self.pool, str(kinds.pop()), place)
 
     def scan(self, progress: Any = None) -> Scan:
         """Try the grid on the tasks; the merge becomes the best."""

@@ -56,6 +56,7 @@ class PoolPart:
     """The checkpoints: a base and experts (name -> path, or paths and globs); with the zoo, names of experts only.
 
     transforms: what is done to the task vectors, first to last (trim, dare, ...): names, or mappings with options.
+    select: the selector by which some of the experts are chosen first, on the recipe's tasks.
     """
 
     base: str | None = None
@@ -67,6 +68,7 @@ class PoolPart:
     backend: str = "auto"
     device: str = "cpu"
     transforms: tuple[Choice, ...] = ()
+    select: Choice | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .console import counting, follow, number, print_json, show, warn
 from .errors import OK, Interrupted, SolveFailed
 from .names import UsageProblem
 from .recipe import Recipe, from_mapping, plain, read_yaml, to_yaml
+from .selecting import RECORD, write_record
 from .setup import Setup
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 COMMENT = f"# What ran, every default filled in. Again: mergesolve solve {RECIPE}\n"
 LEFT_BY_A_RUN = ("trace.jsonl", "result.json", "coefficients.safetensors", "checkpoint.safetensors")
-ALL_OF_A_RUN = (*LEFT_BY_A_RUN, RECIPE, "merged.safetensors", "figures")
+ALL_OF_A_RUN = (*LEFT_BY_A_RUN, RECIPE, RECORD, "merged.safetensors", "figures")
 ASIDE = ".replaced"  # where the run that --overwrite replaces waits until the new one has made its first step
 
 
@@ -196,6 +197,8 @@ def execute(
                     follower(record)
 
             _write(folder / RECIPE, COMMENT + to_yaml(complete))
+            if setup.selection is not None:
+                write_record(setup.selection, setup, folder)
             result = solve(
                 problem,
                 solver,

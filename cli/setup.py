@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..objectives import Task
     from ..pools import Blocks, Pool
     from ..solvers import Problem, Result, Solver
+    from ..solvers.selection import Selection
 
 PROVIDED = ("model", "tasks", "teachers", "task_weights", "progress", "self")  # what a recipe gives by other fields
 Progress = Callable[[str, int, int], None]
@@ -35,7 +36,9 @@ class Setup:
         new = Setup(recipe, paths=self.paths)
         same = {
             "zoo": recipe.zoo == self.recipe.zoo,
-            "pool": (recipe.zoo, recipe.pool) == (self.recipe.zoo, self.recipe.pool),
+            "pool": (recipe.zoo, recipe.pool) == (self.recipe.zoo, self.recipe.pool) and recipe.pool.select is None,
+            "selection": (recipe.zoo, recipe.pool, recipe.tasks, recipe.split, recipe.limit)
+            == (self.recipe.zoo, self.recipe.pool, self.recipe.tasks, self.recipe.split, self.recipe.limit),
             "checkpoints": (recipe.zoo, recipe.pool) == (self.recipe.zoo, self.recipe.pool),
             "model": (recipe.zoo, recipe.pool, recipe.model) == (self.recipe.zoo, self.recipe.pool, self.recipe.model),
         }
@@ -57,10 +60,20 @@ class Setup:
         from ..pools.transforms import make_transform
 
         made = [make_transform(choice.plain()) for choice in self.recipe.pool.transforms]
-        pool = self.checkpoints
+        pool = self.checkpoints if self.selection is None else self.checkpoints.subset(self.selection.names)
         for transform in made:
             pool = pool.transform(transform)
         return pool
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The experts that the recipe's selector chooses, if it names one."""
+        choice = self.recipe.pool.select
+        if choice is None:
+            return None
+        from .selecting import check_selector, evidence
+
+        return check_selector(choice).select(evidence(self))
 
     @cached_property
     def checkpoints(self) -> Pool:
@@ -261,6 +274,10 @@ class Setup:
         self.solver  # noqa: B018 (made for its errors)
         for choice in self.recipe.pool.transforms:
             check_transform(choice)
+        if self.recipe.pool.select is not None:
+            from .selecting import check_selector
+
+            check_selector(self.recipe.pool.select)
         choose("domain", self.recipe.domain.name, DOMAINS)
         check_domain_options(self.recipe.domain)
         for choice in self.recipe.objectives:
@@ -321,9 +338,9 @@ class Setup:
     def _resolved_pool(self, part: PoolPart) -> PoolPart:
         pool = self.pool  # opened, so that globs have become paths and "auto" a backend
         if self.recipe.zoo:
-            return replace(part, experts=tuple(pool.names), backend=pool.backend)
-        experts = {name: str(_absolute(path)) for name, path in self.paths.items()}
-        return replace(part, base=_absolute(part.base), experts=experts, backend=pool.backend)
+            return replace(part, experts=tuple(pool.names), backend=pool.backend, select=None)
+        experts = {name: str(_absolute(self.paths[name])) for name in pool.names}
+        return replace(part, base=_absolute(part.base), experts=experts, backend=pool.backend, select=None)
 
 
 BLOCK_KINDS = ("model", "layer", "tensor", "row")

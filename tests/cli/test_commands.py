@@ -15,6 +15,7 @@ from mergesolve.objectives.registry import OBJECTIVES
 from mergesolve.pools.transforms import TRANSFORMS
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
 from mergesolve.solvers.closed_form import MERGES
+from mergesolve.solvers.selection import SELECTORS
 from safetensors.torch import load_file, save_file
 
 from .conftest import NAMES, recipe_fields
@@ -158,10 +159,11 @@ def test_list_names_every_entry_of_every_registry_once(run):
         "presets": list(PRESETS),
         "methods": list(MERGES),
         "transforms": list(TRANSFORMS),
+        "selectors": list(SELECTORS),
     }
 
 
-@pytest.mark.parametrize("kind", ["solvers", "rules", "domains", "objectives", "presets", "methods", "transforms"])
+@pytest.mark.parametrize("kind", ["solvers", "rules", "domains", "objectives", "presets", "methods", "transforms", "selectors"])
 def test_list_has_one_line_for_each_and_a_source_for_each_method(kind, run):
     entries = json.loads(run("list", kind, "--json").stdout)[kind]
     printed = run("list", kind).stdout
