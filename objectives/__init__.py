@@ -1,6 +1,7 @@
 """What "good" means, as loss and gradient over weights: tasks, models, objectives and evaluation.
 
 Names are imported when they are first used, so that `mergesolve.objectives.registry` costs no import of torch.
+The function `features` is in the module of that name, which takes its place here.
 """
 
 from importlib import import_module
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .clip import CLIP
+    from .corruptions import CORRUPTIONS, corrupt
     from .cross_entropy import CrossEntropy
     from .distillation import Distillation
     from .entropy import Entropy
     from .errors import DataError
     from .evaluation import Scores, accuracy, evaluate
+    from .features import agreement, mean_feature_similarity, predictions
     from .loss_objective import LossObjective
     from .models import Model, ModuleModel, Weights
     from .objective import Evaluation, Objective, SumObjective, TaskObjective
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CLIP": "clip",
+    "CORRUPTIONS": "corruptions",
     "CrossEntropy": "cross_entropy",
     "DataError": "errors",
     "Distillation": "distillation",
@@ -39,14 +43,19 @@ _MODULES = {
     "WeightedSum": "weighted_sum",
     "Weights": "models",
     "accuracy": "evaluation",
+    "agreement": "features",
+    "corrupt": "corruptions",
     "evaluate": "evaluation",
     "fisher_diagonal": "statistics",
     "grams": "statistics",
     "joint": "task",
+    "mean_feature_similarity": "features",
+    "predictions": "features",
 }
 
 __all__ = [
     "CLIP",
+    "CORRUPTIONS",
     "CrossEntropy",
     "DataError",
     "Distillation",
@@ -64,10 +73,14 @@ __all__ = [
     "WeightedSum",
     "Weights",
     "accuracy",
+    "agreement",
+    "corrupt",
     "evaluate",
     "fisher_diagonal",
     "grams",
     "joint",
+    "mean_feature_similarity",
+    "predictions",
 ]
 
 

@@ -189,14 +189,18 @@ class CLIP:
         pooled = output[0] if isinstance(output, tuple) else output
         return F.normalize(pooled.to(dtype), dim=-1)
 
-    def logits(self, weights: Mapping[str, Tensor], inputs: Tensor, task: Task) -> Tensor:
-        """Logits [B, C] of images [B, 3, H, W] (uint8, or floats that are already normalized)."""
-        if inputs.ndim != 4 or inputs.shape[1] != 3 or tuple(inputs.shape[2:]) != self.image_size:
+    def check_images(self, images: Tensor, task: Task) -> None:
+        """Raise DataError unless these images of the task have the tower's size."""
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.image_size:
             height, width = self.image_size
             raise DataError(
-                f"task {task.name!r}: images of shape {list(inputs.shape[1:])}, and {self._label} takes "
+                f"task {task.name!r}: images of shape {list(images.shape[1:])}, and {self._label} takes "
                 f"[3, {height}, {width}]; build the task with image_size=({height}, {width})."
             )
+
+    def logits(self, weights: Mapping[str, Tensor], inputs: Tensor, task: Task) -> Tensor:
+        """Logits [B, C] of images [B, 3, H, W] (uint8, or floats that are already normalized)."""
+        self.check_images(inputs, task)
         features = self.features(weights, inputs)
         logits = self.logit_scale.to(features.dtype).exp() * features @ self.head(task).to(features.dtype).T
         return logits if self.logit_bias is None else logits + self.logit_bias.to(features.dtype)

@@ -139,7 +139,19 @@ class Task:
             digest.update(self.labels.numpy().tobytes())
         sample = np.unique(np.linspace(0, len(self) - 1, 8).astype(np.int64))
         digest.update(self.batch(sample).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        # The sample alone may not show it: JPEG of high quality, or spatter, can leave a few images as they were.
+        digest.update("".join(map(repr, self.corruptions)).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def corruptions(self) -> tuple[tuple[str, int, int], ...]:
+        """(kind, severity, seed) of each corruption of the inputs, in the order in which they were applied."""
+        found, inputs = [], self.inputs
+        while not isinstance(inputs, Tensor) and hasattr(inputs, "inputs"):
+            if hasattr(inputs, "corruption"):
+                found.append(inputs.corruption)
+            inputs = inputs.inputs
+        return tuple(reversed(found))
 
     def batch(self, indices: Indices) -> Tensor:
         """The inputs [len(indices), ...] at these indices."""
@@ -172,6 +184,16 @@ class Task:
     def without_labels(self) -> Task:
         """The same inputs with the labels taken away, so that nothing can use them by accident."""
         return replace(self, labels=None)
+
+    def corrupted(self, kind: str, severity: int, seed: int = 0) -> Task:
+        """The same task on worse images: a kind of `CORRUPTIONS`, severity 1 (weak) to 5, applied batch by batch.
+
+        Image i is the same in every batch and in every subset taken after this; it depends on the seed, the kind and i.
+        Raises DataError for inputs that are not uint8 images; where they are files, when the first ones are read.
+        """
+        from .corruptions import Corrupted
+
+        return replace(self, inputs=Corrupted(self.inputs, self.name, kind, severity, seed))
 
     @classmethod
     def from_arrays(
