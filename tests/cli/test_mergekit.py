@@ -549,6 +549,28 @@ def test_layers_of_other_architectures(name, folder):
     assert method_of(from_mergekit(spec, "recipe", folder=folder), name)["weights"] == {"first": 0.75}
 
 
+def test_the_layer_is_the_first_number_of_a_name(folder):
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": "m/base",
+        "models": [{"model": "m/first", "parameters": {"weight": [0.5, 0.75]}}],
+    }
+    recipe = from_mergekit(spec, "recipe", folder=folder)
+    assert method_of(recipe, "layers.0.blocks.3.weight")["weights"] == {"first": 0.5}
+    assert method_of(recipe, "layers.3.blocks.0.weight")["weights"] == {"first": 0.75}
+    assert method_of(recipe, "projector.3.weight")["weights"] == {"first": 0.5}
+
+
+def test_weights_that_cancel_are_not_divided_by():
+    spec = parameters("task_arithmetic", normalize=True)
+    spec["models"] = [*experts("a", weight=1), *experts("b", weight=-1 + 1e-9)]
+    assert from_mergekit(spec, "recipe")["method"]["scale"] == 1.0
+
+
+def test_how_masks_are_stored_has_no_effect():
+    assert from_mergekit(change(parameters={"int8_mask": True}), "recipe") == from_mergekit(TIES, "recipe")
+
+
 def test_one_slice_of_all_layers_is_a_list_of_models(folder):
     sources = [{"model": model, "layer_range": [0, LAYERS], "parameters": {"weight": 1}} for model in MODELS[:3]]
     spec = {"merge_method": "ties", "base_model": "m/base", "slices": [{"sources": sources}]}
