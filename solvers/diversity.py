@@ -43,7 +43,9 @@ class BoundTerms:
 
     @property
     def slack(self) -> float:
-        """How much Lemma 3 gives away, at least 0: mean source risk − diversity − ensemble risk."""
+        """How much Lemma 3 gives away, mean source risk − diversity − ensemble risk ≥ 0; inf if the first is."""
+        if np.isinf(self.mean_source_risk):
+            return np.inf
         return self.mean_source_risk - self.diversity - self.ensemble_risk
 
 
