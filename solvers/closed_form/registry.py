@@ -167,6 +167,11 @@ MERGES: dict[str, Entry] = {
         "Tam et al. (2024), Merging by Matching Models in Task Parameter Subspaces (MaTS)",
         "gram",
     ),
+    "pcb": Entry(
+        "pcb:Pcb",
+        "Each entry weighed by its magnitude within its task and its agreement with the others.",
+        "Du et al. (2024), Parameter Competition Balancing for Model Merging (PCB-Merging)",
+    ),
     "metagpt": Entry(
         "norms:MetaGPT",
         "The average weighted by the squared norms of the task vectors.",

@@ -417,6 +417,36 @@ def knots(base, taus, names, inner="ties", density=0.2, weights=None, scale=1.0)
     return merged
 
 
+def pcb(base, taus, names, density=0.1, scale=1.2):
+    """Flat vectors, with zeros for what is the same in all models, sorted outright."""
+    n = len(names)
+    flat = np.concatenate([rows.reshape(n, -1) for rows in taus.values()], axis=1)
+    size = flat.shape[1]
+    flat = np.concatenate([flat, np.zeros((n, SIZE - size))], axis=1)
+
+    def unit(x, original):
+        low, high = x.min(), x.max()
+        return (x - low) / (high - low) if high > low else (original >= low).astype(float)
+
+    def clamp(x, low, high):
+        ordered = np.sort(x)
+        return np.clip(x, ordered[int(SIZE * low)], ordered[max(0, int(SIZE * (1 - high) - 1))])
+
+    total = flat.sum(0)
+    weights, clipped = np.empty_like(flat), np.empty_like(flat)
+    for i, row in enumerate(flat):
+        magnitude = clamp(np.abs(row), 1e-4, 1e-4)
+        clipped[i] = np.sign(row) * magnitude
+        score = np.exp(n * unit(magnitude, np.abs(row)) ** 2) * np.tanh(row * total)
+        weights[i] = unit(clamp(score, 1 - density, 0), score)
+    merged = (weights * clipped).sum(0) / np.maximum(weights.sum(0), 1e-12)
+    found, start = {}, 0
+    for name, value in base.items():
+        found[name] = value + scale * merged[start : start + value.size].reshape(value.shape)
+        start += value.size
+    return found
+
+
 DARE = ("density", "rescale", "seed")
 DELLA = ("density", "epsilon", "rescale", "window", "seed")
 CRUMBS = ("density", "top")
@@ -447,6 +477,7 @@ REFERENCES = {
     "breadcrumbs": after(crumbs, task_arithmetic, CRUMBS),
     "breadcrumbs-ties": after(crumbs, election, CRUMBS),
     "consensus": after(agreed, task_arithmetic, ("tall", "agree", "multitask")),
+    "pcb": pcb,
     "metagpt": metagpt,
     "model-stock": per_tensor(model_stock),
     "slerp": per_tensor(slerp),
@@ -495,6 +526,7 @@ CASES = {
     "breadcrumbs": [{}, {"density": 0.9, "top": 0.3, "scale": 1.0}, {"density": 0.5, "top": 0.0}, {"density": 1.0}],
     "breadcrumbs-ties": [{}, {"density": 0.6, "top": 0.1, "merge": "sum", "zero": "plus"}],
     "consensus": [{}, {"tall": 1.0, "agree": 1, "multitask": 0.3}, {"agree": 3}],
+    "pcb": [{}, {"density": 0.7, "scale": 1.0}, {"density": 1.0}],
     "metagpt": [{}],
     "model-stock": [{}, {"average": "angle"}],
     "slerp": [{}, {"t": 0.25, "of": "task-vectors"}, {"t": 1.0, "parallel": 0.0}],
@@ -513,8 +545,8 @@ EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2}
 ORDERED = {"analogy", "swa", "ema", "slerp"}
 """Methods for which the order of the experts means something."""
 
-DECOMPOSING: dict[str, float] = {"tsv-m": 1e-4, "iso-c": 2e-5, "iso-cts": 3e-4, "knots": 1e-5}
-"""Methods by singular value decompositions in float32, and what these are off by for the samples' condition."""
+DECOMPOSING: dict[str, float] = {"tsv-m": 1e-4, "iso-c": 2e-5, "iso-cts": 3e-4, "knots": 1e-5, "pcb": 3e-5}
+"""Methods whose formulas magnify the rounding of float32, and by how much for the samples."""
 
 SUMMING: dict[str, float] = dict.fromkeys(["metagpt", "model-stock", "slerp", "spherical-mean"], 1e-6)
 """Methods whose coefficients are sums over many entries, and the relative error that another order of them may make."""

@@ -256,9 +256,10 @@ def test_reads_and_writes_what_was_planned(case, dtype, opened, tmp_path, count,
     before = sum(each.bytes_read for each in workers)
     paths = write_merge(pool, merge, tmp_path / "out.safetensors")
     read = sum(each.bytes_read for each in workers) - before
-    once = pool.candidate_nbytes
     assert planned.experts == n
-    assert read <= planned.bytes_read <= read + 2 * once
+    assert read <= planned.bytes_read
+    if not options:  # with weights of 0 experts are left out
+        assert planned.bytes_read <= 2 * read
     content = paths[0].read_bytes()
     assert planned.bytes_written == len(content) - 8 - int.from_bytes(content[:8], "little")
 
