@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from .figures import save_figure, shorten
@@ -77,7 +80,7 @@ def _names(axes: Axes, names: list[str], *, both: bool) -> None:
 
 
 def spread(report: Report) -> Figure:
-    """Draw quality against the largest similarity to another chosen expert: what is good and unlike them is above left."""
+    """Draw quality against the largest similarity to another chosen expert; good and unlike them is above left."""
     chosen = _chosen(report)
     similarity, quality = np.array(report["similarity"]), np.array(report["quality"])
     near = np.array([max((similarity[i, j] for j in chosen if j != i), default=0.0) for i in range(len(quality))])
@@ -116,12 +119,29 @@ def _points(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], report: 
     others = [i for i in range(len(x)) if i not in chosen]
     axes.scatter(x[others], y[others], s=22, color=GREY, zorder=2)
     axes.scatter(x[chosen], y[chosen], s=34, color=CHOSEN, zorder=3)
-    shown = range(len(x)) if len(x) <= NAMED else chosen
-    for i in shown:
+    labels = [
         axes.annotate(
             shorten(report["candidates"][i], 16), (x[i], y[i]), (4, 3), textcoords="offset points", fontsize=7,
             color=INK if i in chosen else "#888888",
-        )  # fmt: skip
+        )
+        for i in (*chosen, *others)
+    ]  # fmt: skip
+    _hide_overlapping(axes, labels)
+
+
+def _hide_overlapping(axes: Axes, labels: list[Annotation]) -> None:
+    """Hide each label that would cover an earlier one."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    shown: list[Bbox] = []
+    for label in labels:
+        box = label.get_window_extent()
+        if any(box.overlaps(other) for other in shown):
+            label.set_visible(False)
+        else:
+            shown.append(box)
 
 
 def relevance(report: Report) -> Figure:
