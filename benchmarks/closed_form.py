@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import Row, Towers, arguments, say, show, towers
@@ -23,10 +24,9 @@ PEERS = ROOT / ".venv-peers" / "bin" / "python"
 METHODS = ("average", "task arithmetic", "TIES, per tensor", "TIES, whole model", "DARE")
 SHARES = {"average": 1.0, "task arithmetic": 1.0, "TIES, per tensor": 1 / 8, "TIES, whole model": 1 / 8, "DARE": 1 / 4}
 BY_PEER = {
-    "mergekit": ("average", "task arithmetic", "TIES, per tensor", "DARE"),
+    "mergekit": METHODS,  # its TIES is per tensor, which stands beside both of ours
     "fusion_bench": ("average", "task arithmetic", "TIES, whole model", "DARE"),
 }
-RIVALS = {"TIES, whole model": "TIES, per tensor"}  # mergekit has only the latter
 COPIES = {("fusion_bench", "TIES, whole model"): 65}  # models in memory at the peak, as far as that is too many
 Found = dict[str, float] | str  # what a process measured about itself, or why there is nothing
 
@@ -44,25 +44,43 @@ def obstacle(made: Towers, tool: str, method: str) -> str | None:
     return None
 
 
-def measure(made: Towers, tool: str, method: str, count: int, write: bool = False) -> Found:
-    """What one_merge.py says, the median of up to five quick runs by CPU time; or why there is nothing to say."""
-    reason = obstacle(made, tool, method)
-    if reason:
-        return reason
-    say(f"closed_form: {method} of {count} by {tool}")
+def measure(made: Towers, work: Sequence[tuple[str, str, bool]], count: int) -> list[Found]:
+    """What one_merge.py says of each (tool, method, write to a file): the run with the median CPU time.
+
+    They take turns, so that a disturbance of the machine meets all of them, five times or until 10 s have been spent.
+    """
+    reasons = [obstacle(made, tool, method) for tool, method, _ in work]
+    runs: list[list[dict[str, float]]] = [[] for _ in work]
+    for _ in range(5):
+        for k, (tool, method, write) in enumerate(work):
+            if reasons[k] is None and sum(run["seconds"] for run in runs[k]) < 10:
+                say(f"closed_form: {method} of {count} by {tool}")
+                answer = one_merge(made, tool, method, count, write)
+                if isinstance(answer, str):
+                    reasons[k] = answer
+                else:
+                    runs[k].append(answer)
+    return [reason or median(found) for reason, found in zip(reasons, runs, strict=True)]
+
+
+def median(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The run in the middle by CPU time."""
+    return sorted(runs, key=lambda run: run["cpu"])[(len(runs) - 1) // 2]
+
+
+def one_merge(made: Towers, tool: str, method: str, count: int, write: bool) -> Found:
+    """What one process measured, or the last thing it said."""
     python = sys.executable if tool == "mergesolve" else str(PEERS)
     script = str(Path(__file__).with_name("one_merge.py"))
     command = [python, script, tool, method, str(made.folder), str(count), *(["--write"] if write else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    runs: list[dict[str, float]] = []
-    while len(runs) < 5 and sum(run["seconds"] for run in runs) < 10:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            return "ended by the kernel: out of memory" if done.returncode == -9 else lines[-1] if lines else "failed"
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    middle = statistics.median_low([run["cpu"] for run in runs])
-    return next(run for run in runs if run["cpu"] == middle)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == -signal.SIGKILL:
+        return "ended by the kernel: out of memory"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["it failed"])[-1]
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def row(made: Towers, what: str, tool: str, n: int, found: Found, share: float | None = None, of: Found = "") -> Row:
@@ -90,25 +108,22 @@ def run(made: Towers, counts: tuple[int, int] = (8, 72), methods: tuple[str, ...
     """For each method our row, ours into a file, and the peers'; then ours for the larger pool."""
     few, many = counts
     warm([made.base, *made.experts(few).values()])
-    rivals = {
-        (tool, method): measure(made, tool, method, few)
-        for tool, theirs in BY_PEER.items()
-        for method in theirs
-        if method in methods or method in [RIVALS.get(ours) for ours in methods]
-    }
     rows = []
     for method in methods:
-        rival = rivals["mergekit", RIVALS.get(method, method)]
-        found = measure(made, "mergesolve", method, few)
-        rows.append(row(made, method, "mergesolve", few, found, SHARES[method], rival))
-        written = measure(made, "mergesolve", method, few, write=True)
+        tools = ["mergesolve", *(tool for tool, known in BY_PEER.items() if method in known)]
+        work = [("mergesolve", method, True), *((tool, method, False) for tool in tools)]
+        written, *others = measure(made, work, few)
+        found = dict(zip(tools, others, strict=True))
+        rows.append(row(made, method, "mergesolve", few, found["mergesolve"], SHARES[method], found["mergekit"]))
         rows.append(row(made, f"{method}, into a file", "mergesolve", few, written))
-        rows += [row(made, method, tool, few, rivals[tool, method]) for tool in BY_PEER if (tool, method) in rivals]
+        rows += [row(made, method, tool, few, found[tool]) for tool in tools[1:]]
     try:
         made.experts(many)
     except OSError as error:
         return [*rows, row(made, "a larger pool", "mergesolve", many, str(error))]
-    rows += [row(made, method, "mergesolve", many, measure(made, "mergesolve", method, many)) for method in methods]
+    for method in methods:
+        (found,) = measure(made, [("mergesolve", method, False)], many)
+        rows.append(row(made, method, "mergesolve", many, found))
     say("")
     return rows
 

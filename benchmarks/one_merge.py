@@ -36,6 +36,7 @@ MERGEKIT: dict[str, tuple[str, dict[str, Any]]] = {
     "average": ("linear", {}),
     "task arithmetic": ("task_arithmetic", {"lambda": SCALE}),
     "TIES, per tensor": ("ties", {"density": DENSITY, "lambda": SCALE}),
+    "TIES, whole model": ("ties", {"density": DENSITY, "lambda": SCALE}),  # per tensor: it has no other
     "DARE": ("dare_linear", {"density": 1 - DROP, "lambda": SCALE}),
 }
 

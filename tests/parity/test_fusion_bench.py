@@ -9,7 +9,7 @@ import torch
 
 pytestmark = [
     pytest.mark.skipif(find_spec("fusion_bench") is None, reason="fusion_bench is not installed here; make parity"),
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("default", "ignore:numpy.core is deprecated"),
 ]
 
 Weights = dict[str, torch.Tensor]

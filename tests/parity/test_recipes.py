@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 pytestmark = [
     pytest.mark.skipif(find_spec("mergekit") is None, reason="mergekit is not installed here; make parity"),
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("default", "ignore:numpy.core is deprecated"),
 ]
 
 LAYERS, WIDTH, INNER, WORDS = 3, 16, 24, 32
