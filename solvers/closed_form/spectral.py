@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ...pools import Pool, PoolError
 from ...pools.magnitudes import Cut, cut
@@ -36,7 +37,7 @@ def factors(matrix: torch.Tensor, scale: float = 0.0) -> tuple[torch.Tensor, tor
     """
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # LAPACK's float32 routine may fail on repeated singular values
+    except LinAlgError:  # LAPACK's float32 routine may fail on repeated singular values
         u, s, vh = (found.float() for found in torch.linalg.svd(matrix.double(), full_matrices=False))
     rank = int((s > ROUNDING * s[0].clamp_min(scale)).sum()) if len(s) else 0
     return u[:, :rank], s[:rank], vh[:rank]
@@ -52,8 +53,9 @@ def orthogonal(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
     parts.clear()
     columns = stacked if axis == 1 else stacked.T
     square = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64, device=stacked.device)
-    for rows in columns.split(1024):
-        square.addmm_(rows.double().T, rows.double())
+    for start in range(0, len(columns), 1024):
+        rows = columns[start : start + 1024].double()
+        square.addmm_(rows.T, rows)
     values, vectors = torch.linalg.eigh(square)
     first = int((values <= values[-1] * INDEPENDENT).sum()) if len(values) else 0
     vectors = vectors[:, first:]
@@ -79,7 +81,7 @@ def decomposed(matrix: Callable[[Part], torch.Tensor], part: Part) -> torch.Tens
     """Return matrix(part); raise PoolError that names the tensor where a decomposition fails."""
     try:
         return matrix(part)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise PoolError(
             f"pool: the singular vectors of {part.name!r} could not be computed: look for NaN and infinity with "
             "`mergesolve pool inspect`, or leave the tensor out with exclude."

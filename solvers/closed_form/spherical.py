@@ -130,7 +130,7 @@ def karcher(gram: Matrix) -> Matrix | None:
     """
     n = len(gram)
     point: Matrix = np.full(n, 1 / n)
-    length = math.sqrt(max(0.0, point @ gram @ point))
+    length = math.sqrt(max(0.0, float(point @ gram @ point)))
     if length < TINY or (gram @ point).min() <= 0:
         return None
     point /= length
@@ -139,9 +139,9 @@ def karcher(gram: Matrix) -> Matrix | None:
         angle = np.arccos(toward)
         pull = np.divide(angle, np.sin(angle), out=np.ones(n), where=angle > TINY) / n
         tangent = pull - (pull @ toward) * point
-        length = math.sqrt(max(0.0, tangent @ gram @ tangent))
+        length = math.sqrt(max(0.0, float(tangent @ gram @ tangent)))
         if length < 1e-12:
             break
         point = math.cos(length) * point + math.sin(length) / length * tangent
-        point /= math.sqrt(point @ gram @ point)
+        point /= math.sqrt(float(point @ gram @ point))
     return point
