@@ -70,7 +70,7 @@ def from_mergekit(fields: Mapping[str, Any], where: str, *, folder: Path | None 
     experts = {name: _placed(path, folder) for name, path in inputs.experts.items()}
     recipe: dict[str, Any] = {"method": main, "pool": {"base": _placed(inputs.base, folder), "experts": experts}}
     if entries:
-        recipe["overrides"] = [{"match": pattern, "method": options} for pattern, options in entries]
+        recipe["overrides"] = [{"match": pattern, "method": options, "optional": True} for pattern, options in entries]
     dtype = _dtype(fields, where)
     if dtype is not None:
         recipe["dtype"] = dtype

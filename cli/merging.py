@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Override:
-    """Tensors whose names this regular expression finds take that method instead."""
+    """Tensors whose names this regular expression finds take that method instead.
+
+    optional: it is no mistake if it finds none.
+    """
 
     match: str
     method: Choice
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,20 @@ class Merging:
         from ..solvers.closed_form import make_merge
 
         merge = make_merge(recipe.method.plain())
-        overrides = [(override.match, make_merge(override.method.plain())) for override in recipe.overrides]
+        overrides = [(override, make_merge(override.method.plain())) for override in recipe.overrides]
         for choice in recipe.pool.transforms:
             check_transform(choice)
         if recipe.scan and not recipe.tasks:
             raise UsageProblem(
                 "a scan needs labelled data to choose by: give --task NAME (zoo) or --task NAME=DATA with --model."
             )
-        return cls(recipe, recipe.setup(), merge, overrides)
+        setup = recipe.setup()
+        kept = [
+            (override.match, other)
+            for override, other in overrides
+            if not override.optional or any(re.search(override.match, name) for name in setup.pool.candidates)
+        ]
+        return cls(recipe, setup, merge, kept)
 
     @property
     def pool(self) -> Pool:

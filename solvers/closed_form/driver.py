@@ -115,7 +115,10 @@ def merging(
 
 
 def _assigned(pool: Pool, merge: Merge, overrides: Overrides) -> list[tuple[Merge, list[str]]]:
-    """Return each merge with the tensors that it merges; raise OptionError for a pattern that finds none."""
+    """Return each merge with the tensors that it merges; raise OptionError for a pattern that no tensor's name fits.
+
+    A pattern may find only tensors that are identical in all models, or that patterns before it take: it has no effect.
+    """
     choices = [*((pattern, other) for pattern, other in overrides), ("", merge)]
     assigned: list[list[str]] = [[] for _ in choices]
     try:
@@ -124,11 +127,11 @@ def _assigned(pool: Pool, merge: Merge, overrides: Overrides) -> list[tuple[Merg
         raise OptionError(f"The pattern {error.pattern!r} of an override is no regular expression: {error}.") from None
     for name in pool.tensors:
         assigned[next(k for k, pattern in enumerate(patterns) if pattern.search(name))].append(name)
-    for pattern, names in zip(patterns[:-1], assigned[:-1], strict=True):
-        if not names:
+    for pattern in patterns[:-1]:
+        if not any(pattern.search(name) for name in pool.candidates):
             raise OptionError(
-                f"The pattern {pattern.pattern!r} of an override finds none of the merged tensors (or others before "
-                f"it take them all); the tensors are named as {next(iter(pool.tensors))!r}."
+                f"The pattern {pattern.pattern!r} of an override finds no tensor; they are named as "
+                f"{next(iter(pool.tensors))!r}."
             )
     return [(other, names) for (_, other), names in zip(choices, assigned, strict=True) if names]
 

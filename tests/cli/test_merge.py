@@ -294,3 +294,19 @@ def test_singular_grams_are_refused_with_the_tensor_and_the_remedy(tiny, measure
     refused(result, "singular", ".weight")
     assert not Path("m.safetensors").exists()
     assert not list(Path().glob(".*partial"))
+
+
+def test_an_override_without_tensors_is_a_mistake_of_ours_and_none_of_mergekits(tiny, run):
+    models = [{"model": str(tiny / "experts" / f"{name}.safetensors")} for name in NAMES]
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tiny / "base.safetensors"),
+        "models": [{**model, "parameters": {"weight": 0.2}} for model in models],
+        "parameters": {"lambda": [{"filter": "norm", "value": 0.5}, {"value": 1.0}]},
+    }
+    Path("mergekit.yaml").write_text(yaml.safe_dump(spec))
+    result = run("merge", "--recipe", "mergekit.yaml", "--out", "m.safetensors")
+    assert result.exit_code == 0, result.output
+    run("merge", "task-arithmetic", *pool_flags(tiny), "--scale", "0.2", "--out", "n.safetensors")
+    for name, tensor in load_file("m.safetensors").items():
+        torch.testing.assert_close(tensor, load_file("n.safetensors")[name])
