@@ -216,6 +216,42 @@ def test_output_type(folders, tmp_path):
         torch.testing.assert_close(value.float(), expected[name].float(), rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("name", ["linear", "ties", "slerp", "breadcrumbs ties", "model stock"])
+def test_half_precision_checkpoints_in_float32(name, folders, tmp_path, assert_equal):
+    """`dtype: float32` on checkpoints in bfloat16; nothing is trimmed.
+
+    Their task vectors are full of equal magnitudes, and which of them a trim keeps is open in mergekit.
+    """
+    half = {}
+    for key, folder in folders.items():
+        half[key] = str(tmp_path / key)
+        Path(half[key]).mkdir()
+        weights = {name: value.bfloat16() for name, value in weights_in(Path(folder)).items()}
+        save_file(weights, Path(half[key]) / "model.safetensors", metadata={"format": "pt"})
+        (Path(half[key]) / "config.json").write_text(json.dumps({**CONFIG, "dtype": "bfloat16"}))
+    spec = {**recipe(name, half), "dtype": "float32"}
+    if name in ("ties", "breadcrumbs ties"):
+        spec["parameters"] = {"density": 1.0, **({"gamma": 0.0} if name != "ties" else {})}
+        for model in spec["models"]:
+            model["parameters"] = {"weight": 0.5}
+    expected = by_mergekit(spec, tmp_path / "theirs")
+    found = by_us(spec, tmp_path / "ours")
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert_equal(found, expected)
+
+
+def test_slices_of_all_layers(folders, tmp_path, assert_equal):
+    sources = [{"model": folders[name], "layer_range": [0, LAYERS]} for name in ("a", "b")]
+    spec = {
+        "merge_method": "slerp",
+        "base_model": folders["a"],
+        "slices": [{"sources": sources}],
+        "parameters": {"t": FILTERED},
+        "dtype": "float32",
+    }
+    assert_equal(by_us(spec, tmp_path / "ours"), by_mergekit(spec, tmp_path / "theirs"))
+
+
 @pytest.mark.parametrize("method", ["sce", "passthrough", "arcee_fusion"])
 def test_methods_that_we_lack_are_refused(method, folders, tmp_path):
     spec = {**recipe("ties", folders), "merge_method": method}
