@@ -60,10 +60,16 @@ class Setup:
         from ..pools.transforms import make_transform
 
         made = [make_transform(choice.plain()) for choice in self.recipe.pool.transforms]
-        pool = self.checkpoints if self.selection is None else self.checkpoints.subset(self.selection.names)
+        pool = self.checkpoints if self.selection is None else self._chosen(self.selection.names)
         for transform in made:
             pool = pool.transform(transform)
         return pool
+
+    def _chosen(self, names: Sequence[str]) -> Pool:
+        """The pool of some experts, opened anew: which tensors are merged follows from these alone, as in a resume."""
+        part = self.recipe.pool
+        experts: Any = tuple(names) if self.recipe.zoo else {name: self.paths[name] for name in names}
+        return Setup(replace(self.recipe, pool=replace(part, experts=experts, select=None))).checkpoints
 
     @cached_property
     def selection(self) -> Selection | None:
