@@ -65,7 +65,8 @@ class Kernel:
 
     S is symmetrized, and made positive semidefinite by clipping its eigenvalues at 0 and scaling back to its diagonal,
     with a UserWarning where that is more than rounding. Experts with a cosine above 1 − 1e-6 are duplicates: they get
-    the same row, so that the rank of L does not count them twice.
+    the same row, so that the rank of L does not count them twice. The sign of a similarity does not matter to the
+    determinant of a pair: opposite experts exclude each other as equal ones do.
 
     Raises OptionError for wrong shapes, numbers that are not finite, negative qualities, qualities that are all 0, and
     similarities that are not symmetric. ``names`` are for these messages.
@@ -76,7 +77,7 @@ class Kernel:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        quality = _finite("quality", self.quality, 1)
+        quality = _finite("quality", self.quality, 1, self.names)
         n = len(quality)
         names = tuple(self.names) or tuple(str(i) for i in range(n))
         if len(names) != n:
@@ -93,7 +94,7 @@ class Kernel:
                 f"The qualities of all {n} experts are 0, so there is nothing to select: none is better than the base "
                 "by this measure. Choose another measure, or check the validation data."
             )
-        similarity = _finite("similarity", self.similarity, 2)
+        similarity = _finite("similarity", self.similarity, 2, names)
         if similarity.shape != (n, n):
             raise OptionError(f"The similarity has shape {similarity.shape}; {n} qualities need {(n, n)}.")
         similarity = _symmetric("similarity", similarity, SINGLE)
@@ -114,7 +115,7 @@ class Kernel:
                 similarity[other, other] = norms[other] ** 2
         with np.errstate(over="ignore", invalid="ignore"):
             matrix = quality[:, None] * similarity * quality
-        _finite("kernel (quality squared times similarity)", matrix, 2)
+        _finite("kernel (quality squared times similarity)", matrix, 2, names)
         for array in (quality, similarity):
             array.flags.writeable = False
         object.__setattr__(self, "quality", quality)
@@ -299,7 +300,7 @@ def sample_kdpp(
         if remaining == 0:
             break
         taken = logs[m] + table[m, remaining - 1] - table[m + 1, remaining]
-        if table[m, remaining] == -np.inf or rng.random() < np.exp(taken):  # −inf: too few are left to go without it
+        if rng.random() < np.exp(taken):  # exactly 1 where too few are left to go without this one
             chosen[m] = True
             remaining -= 1
     return conditioned.subset(_sample_projection(spectrum.vectors[:, chosen], rng))
@@ -375,7 +376,8 @@ def log_esp(log_eigenvalues: ArrayLike, k: int) -> Array:
     k = _integer("k", k)
     if k < 0:
         raise OptionError(f"The 'k' of an elementary symmetric polynomial must be at least 0. Got {k} instead.")
-    return _esp_table(logs, k)[-1]
+    polynomials: Array = _esp_table(logs, k)[-1]
+    return polynomials
 
 
 class _Factor:
@@ -578,10 +580,10 @@ def _repaired(similarity: Array) -> Array:
     if lowest >= -1e-12 * max(largest, -lowest):
         return similarity
     positive = np.maximum(eigenvalues, 0.0)
-    clipped = (vectors * positive) @ vectors.T
-    diagonal, raised = np.diag(similarity), np.diag(clipped)
+    positive_part = (vectors * positive) @ vectors.T
+    diagonal, raised = np.diag(similarity), np.diag(positive_part)
     scale = np.sqrt(np.divide(diagonal, raised, out=np.zeros_like(raised), where=raised > 0))
-    clipped = (clipped + clipped.T) / 2 * scale[:, None] * scale
+    clipped: Array = (positive_part + positive_part.T) / 2 * scale[:, None] * scale
     if lowest < -SINGLE * max(largest, -lowest):
         warnings.warn(
             f"The similarity is not positive semidefinite: its eigenvalues lie in [{lowest:.3g}, {largest:.3g}] and "
@@ -614,17 +616,18 @@ def _checked(kernel: ArrayLike) -> Array:
     return matrix
 
 
-def _finite(what: str, values: ArrayLike, dimensions: int) -> Array:
+def _finite(what: str, values: ArrayLike, dimensions: int, names: Sequence[str] = ()) -> Array:
     """Return a float64 copy; OptionError unless it has these dimensions, is not empty, and holds only numbers."""
     array = np.array(values, dtype=np.float64)
     if array.ndim != dimensions or not array.size:
         shape = "a vector with a number an expert" if dimensions == 1 else "a square matrix over the experts"
         raise OptionError(f"The {what} has shape {array.shape}; expected {shape}.")
     if not np.isfinite(array).all():
-        place = np.argwhere(~np.isfinite(array))[0]
+        place = np.argwhere(~np.isfinite(array))[0].tolist()
+        named = [f"'{names[i]}'" if i < len(names) else str(i) for i in place]
         raise OptionError(
-            f"The {what} is {array[tuple(place)]} at {', '.join(map(str, place))} (experts are counted from 0), but "
-            "must be finite. Check the features, accuracies or weights that it was computed from."
+            f"The {what} is {array[tuple(place)]} at expert {' and '.join(named)}, but must be finite. Check the "
+            "features, accuracies or weights that it was computed from."
         )
     return array
 

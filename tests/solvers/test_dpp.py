@@ -480,6 +480,14 @@ def test_forcing_both_of_two_duplicates_is_refused(function):
         function(with_duplicate().matrix, include=[1, 3])
 
 
+@given(seed=seeds)
+def test_forcing_more_than_the_rank_is_refused(seed):
+    kernel = gram(6, 3, seed)
+    with pytest.raises(OptionError, match=r"Expert 5 is forced in but adds no volume to \[0, 2, 4\]"):
+        marginals(kernel, include=[0, 2, 4, 5])
+    assert marginals(kernel, include=[0, 2, 4]).tolist() == [1, 0, 1, 0, 1, 0]
+
+
 def test_forcing_everything_leaves_nothing_to_choose():
     kernel = gram(3, 3)
     everyone = {"include": [2, 0], "exclude": [1]}
@@ -588,8 +596,8 @@ def test_the_kernel_is_quality_times_similarity_and_read_only():
 @pytest.mark.parametrize(
     ("quality", "similarity", "message"),
     [
-        ([1, np.nan], np.eye(2), "quality is nan at 1"),
-        ([1, 1], [[1, np.inf], [np.inf, 1]], "similarity is inf at 0, 1"),
+        ([1, np.nan], np.eye(2), "quality is nan at expert 'b'"),
+        ([1, 1], [[1, np.inf], [np.inf, 1]], "similarity is inf at expert 'a' and 'b'"),
         ([1, -0.5], np.eye(2), r"quality of expert 'b' is -0.5, .* Clip"),
         ([0, 0], np.eye(2), "qualities of all 2 experts are 0"),
         ([1, 1], np.eye(3), r"shape \(3, 3\); 2 qualities need \(2, 2\)"),
@@ -599,7 +607,7 @@ def test_the_kernel_is_quality_times_similarity_and_read_only():
         ([], np.zeros((0, 0)), r"quality has shape \(0,\)"),
         ([1, 1], [[1, 0.5], [0.4, 1]], r"not symmetric: 0.5 at \(0, 1\) and 0.4 at \(1, 0\)"),
         ([1, 1], [[1, 0], [0, -1]], "expert 'b' to itself is -1"),
-        ([1e200, 1], np.eye(2), "kernel .* is inf at 0, 0"),
+        ([1e200, 1], np.eye(2), "kernel .* is inf at expert 'a' and 'a'"),
     ],
 )
 def test_bad_kernels_are_explained(quality, similarity, message):
@@ -629,7 +637,7 @@ FUNCTIONS = [
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        ([[1, np.nan], [np.nan, 1]], "kernel is nan at 0, 1"),
+        ([[1, np.nan], [np.nan, 1]], "kernel is nan at expert 0 and 1"),
         ([[1, 0.3], [0.2, 1]], "kernel is not symmetric"),
         ([[1, 0], [0, -1]], "not positive semidefinite"),
         ([1, 2], r"kernel has shape \(2,\)"),
