@@ -68,8 +68,8 @@ def mean_feature_similarity(features: Sequence[Tensor]) -> Matrix:
     Positive semidefinite, being the Gram matrix of the experts' normalized features; the diagonal is 1. A feature of
     norm 0 counts as orthogonal to all others and to itself.
     Raises DataError for features of different shapes or that are not finite.
-    Source: anonymous (2024), Quality and Diversity Both Matters When Merging Models, "Similarity"; the text leaves open
-        which features the cosine compares, and here they are the two experts' features of one sample.
+    Source: Quality and Diversity Both Matters When Merging Models, "Similarity" (an anonymous submission). Its text
+        leaves open which features the cosine compares; here they are the two experts' features of one sample.
     """
     samples, size = _checked(features, "mean_feature_similarity")
     total = np.zeros((len(features), len(features)))
