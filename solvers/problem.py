@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -130,6 +131,15 @@ class Counts:
     bytes_read: int = 0
 
 
+def cosines(gram: Array) -> Array:
+    """Return the cosines [n, n] of vectors with these inner products; one of norm 0 is orthogonal to all others."""
+    norms = np.sqrt(np.diagonal(gram))
+    scale = np.where(norms > 0, norms, 1.0)
+    found: Array = np.clip(gram / np.outer(scale, scale), -1.0, 1.0)
+    np.fill_diagonal(found, 1.0)
+    return found
+
+
 class MatrixProblem:
     """A differentiable function of Λ [rows, n] over a domain. Subclasses give ``evaluate``, ``value`` and ``line``."""
 
@@ -157,6 +167,11 @@ class MatrixProblem:
     def layers(self) -> dict[str, Array]:
         """Rows of Λ by layer, for records and pictures."""
         return {name: np.array([row]) for row, name in enumerate(self.row_names)}
+
+    @property
+    def similarity(self) -> Array:
+        """Cosines of the task vectors [n, n]; unless they are known, of vectors that have nothing in common."""
+        return np.eye(self.n)
 
     def draw(self, iteration: int | None) -> None:
         """Fix the batch of the evaluations that follow; None means all the data."""
@@ -283,6 +298,11 @@ class Problem(MatrixProblem):
     def row_names(self) -> Sequence[str]:
         """Names of the blocks."""
         return tuple(self.blocks.names)
+
+    @cached_property
+    def similarity(self) -> Array:  # type: ignore[override]
+        """Cosines of the task vectors over the whole model [n, n]; one pass over the pool."""
+        return cosines(self.pool.gram(self.pool.blocks("model"))[0])
 
     @property
     def layers(self) -> dict[str, Array]:

@@ -20,6 +20,7 @@ import numpy as np
 from . import dpp
 from .construct import construct, describe
 from .errors import OptionError, check_choice, check_number
+from .problem import cosines
 
 if TYPE_CHECKING:
     from ..pools import Pool
@@ -78,11 +79,8 @@ class Evidence:
 
     @cached_property
     def cosines(self) -> Array:
-        """Cosines of task vectors [n, n], averaged over layers by their share of the norms; one pass."""
-        scale = np.where(self.norms > 0, self.norms, 1)
-        found = self.gram / np.outer(scale, scale)
-        np.fill_diagonal(found, 1.0)
-        return np.clip(found, -1, 1)
+        """Cosines of the task vectors over the whole model [n, n]."""
+        return cosines(self.gram)
 
     @cached_property
     def accuracies(self) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .domains import Domain, Simplex, indicator, make_domain
+from .dpp import Kernel, greedy_map
 from .errors import OptionError, check_choice, check_number
 from .loop import iterate
 from .problem import Evaluation, MatrixProblem, Restriction
@@ -31,10 +32,11 @@ PER_TASK = "per-task"
 class SoftFrankWolfe(Solver):
     """Frank-Wolfe with the soft oracle: several vertices at once, weighted by an inner solve.
 
-    vertices: "per-task", or how many of the whole objective's best; oracle: "task-wise" (whole experts) or
-    "layer-wise" (each block its own); weights: "blockwise" (one weight a block and vertex) or "shared";
-    distinct: no expert may serve two tasks; inner: a solver for the weights; inner_domain, inner_iterations,
-    inner_tol: its domain and when it stops.
+    vertices: "per-task", or how many of the whole objective's best; oracle: "task-wise" (whole experts), "layer-wise"
+    (each block its own) or "diverse" (whole experts, good and unlike each other: a determinantal point process of the
+    scores and the cosines of task vectors, so that no two copies are fetched; at most `vertices` of them); weights:
+    "blockwise" (one weight a block and vertex) or "shared"; distinct: no expert may serve two tasks; inner: a solver
+    for the weights; inner_domain, inner_iterations, inner_tol: its domain and when it stops.
     """
 
     vertices: Any = PER_TASK
@@ -57,7 +59,9 @@ class SoftFrankWolfe(Solver):
                     f"Got {self.vertices!r} instead."
                 )
             check_number(self, "vertices", 1, math.inf, closed="left", integer=True)
-        check_choice(self, "oracle", ("task-wise", "layer-wise"))
+        check_choice(self, "oracle", ("task-wise", "layer-wise", "diverse"))
+        if self.oracle == "diverse" and self.vertices == PER_TASK:
+            raise OptionError("The 'diverse' oracle needs a number of 'vertices'; 'per-task' takes each task's best.")
         check_choice(self, "weights", ("blockwise", "shared"))
         check_number(self, "inner_iterations", 1, math.inf, closed="left", integer=True)
         check_number(self, "inner_tol", 0, math.inf, closed="left")
@@ -98,6 +102,9 @@ class SoftFrankWolfe(Solver):
 
     def choose(self, problem: MatrixProblem, evaluation: Evaluation) -> Array:
         """Return the vertices to move to [k, rows]; task-wise choices repeat over the rows."""
+        if self.oracle == "diverse":
+            chosen = diverse(evaluation.scores.sum(axis=0), problem.similarity, int(self.vertices))
+            return np.broadcast_to(chosen[:, None], (len(chosen), problem.rows))
         tables = evaluation.task_scores if self.vertices == PER_TASK else evaluation.scores[None]
         assert tables is not None
         if self.oracle == "task-wise":
@@ -133,6 +140,18 @@ class SoftFrankWolfe(Solver):
         """Stay at the iterate where that is allowed, else start in the middle of the vertices."""
         middle = 1.0 / restriction.n if isinstance(restriction.domain, Simplex) else 0.0
         return restriction.domain.project(np.full((restriction.rows, restriction.n), middle))
+
+
+def diverse(scores: Array, similarity: Array, count: int) -> Array:
+    """Return at most `count` experts along which the loss falls [k]: greedily the largest det of diag(q) S diag(q).
+
+    q_i = max(0, −scores_i), S are the cosines. Where the loss falls along none, the one of lowest score.
+    """
+    falls = np.maximum(-scores, 0.0)
+    if not falls.any():
+        return np.array([int(scores.argmin())])
+    kernel = Kernel(falls / falls.max(), similarity)
+    return np.asarray(greedy_map(kernel.matrix, min(count, kernel.rank)).indices)
 
 
 def best_per_table(tables: Array, domain: Domain, *, distinct: bool) -> Array:

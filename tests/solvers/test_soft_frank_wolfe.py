@@ -1,7 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 from mergesolve.solvers import Capped, Clock, OptionError, Restriction, Simplex, SoftFrankWolfe, solve
-from mergesolve.solvers.soft_frank_wolfe import best_per_table
+from mergesolve.solvers.soft_frank_wolfe import best_per_table, diverse
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -99,6 +101,7 @@ def test_adaptive_inner_solver_draws_a_batch_for_each_inner_iteration(merge):
         ({"vertices": 0}, "'vertices' parameter"),
         ({"vertices": "all"}, "'per-task' or an integer"),
         ({"oracle": "model"}, "'oracle' parameter"),
+        ({"oracle": "diverse"}, "needs a number"),
         ({"weights": "x"}, "'weights' parameter"),
         ({"inner": "frank-wolfe"}, "'inner' parameter"),
         ({"inner_iterations": 0}, "'inner_iterations' parameter"),
@@ -120,3 +123,25 @@ def test_an_inner_domain_that_leaves_the_hull_is_refused(merge):
     for domain in ("free", "box"):
         with pytest.raises(OptionError, match="would leave the hull"):
             solve(merge(domain="capped"), SoftFrankWolfe(inner_domain=domain))
+
+
+def test_diverse_vertices_are_good_and_no_copies():
+    scores = np.array([-1.0, -0.99, -0.5, 0.3, -0.4])
+    similarity = np.eye(5)
+    similarity[0, 1] = similarity[1, 0] = 1.0
+    assert diverse(scores, similarity, 3).tolist() == [0, 2, 4]
+    assert diverse(scores, np.eye(5), 3).tolist() == [0, 1, 2]
+    assert set(diverse(scores, similarity, 5).tolist()) == {0, 2, 4}  # no copy, and none along which the loss rises
+    assert diverse(-scores, similarity, 1).tolist() == [3]
+    assert diverse(np.array([2.0, 1.0, 3.0]), np.eye(3), 2).tolist() == [1]
+
+
+def test_diverse_vertices_come_from_the_pool(merge):
+    problem = merge("layer", "capped")
+    vectors = problem.pool.gram(problem.pool.blocks("model"))[0]
+    norms = np.sqrt(np.diagonal(vectors))
+    np.testing.assert_allclose(problem.similarity, vectors / np.outer(norms, norms), atol=1e-12)
+    result = solve(problem, SoftFrankWolfe(vertices=2, oracle="diverse"), start="base", max_iter=3, tol=0)
+    values = [record["value"] for record in result.trace]
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(values))
+    assert values[-1] < values[0]
