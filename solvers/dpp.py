@@ -246,29 +246,29 @@ def swap_polish(kernel: ArrayLike, subset: Items, *, include: Items = (), exclud
             f"The subset {items.tolist()} has to hold the experts {forced.tolist()} that are forced in, and none of "
             f"{struck.tolist()} that are forced out."
         )
-    if _order(matrix[np.ix_(items, items)]) is None:
+    held = np.isin(items, forced)
+    ranking = _order(matrix[np.ix_(items, items)], np.flatnonzero(held))
+    if ranking is None:
         raise OptionError(
             f"The subset {items.tolist()} has determinant 0 (duplicates, or an expert of quality 0), so no exchange "
             "can be compared with it. Start from the greedy subset."
         )
-    held = np.isin(items, forced)
     others = np.setdiff1d(np.arange(n), np.concatenate([items, struck]))
-    diagonal = np.diag(matrix)
-    while len(items) and len(others):
-        scale = 1 / np.sqrt(diagonal[items])
-        lower = np.linalg.cholesky(matrix[np.ix_(items, items)] * scale[:, None] * scale)
-        half = solve_triangular(lower, matrix[np.ix_(items, others)] * scale[:, None], lower=True)
-        inverse = solve_triangular(lower, np.eye(len(items)), lower=True)
-        residuals = np.maximum(diagonal[others] - np.sum(half**2, axis=0), 0.0)
-        coordinates = scale[:, None] * (inverse.T @ half)
-        ratios = (scale**2 * np.sum(inverse**2, axis=0))[:, None] * residuals + coordinates**2
+    better: Ranking | None = ranking
+    while better is not None and len(items) and len(others):
+        ranking, better = better, None
+        ratios = _exchange_ratios(matrix, items, others)
         ratios[held] = 0.0
-        leaves, enters = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
-        if ratios[leaves, enters] <= 1 + IMPROVEMENT:
-            break
-        items[leaves], others[enters] = others[enters], items[leaves]
-    ranking = _order(matrix[np.ix_(items, items)], np.flatnonzero(held))
-    assert ranking is not None  # each exchange raised the determinant
+        for place in np.argsort(-ratios, axis=None, kind="stable"):
+            leaves, enters = np.unravel_index(place, ratios.shape)
+            if ratios[leaves, enters] <= 1 + IMPROVEMENT:
+                break
+            trial = items.copy()
+            trial[leaves] = others[enters]
+            found = _order(matrix[np.ix_(trial, trial)], np.flatnonzero(held))
+            if found is not None and found.log_det > ranking.log_det + IMPROVEMENT:  # else the ratio was rounding
+                others[enters], items, better = items[leaves], trial, found
+                break
     return Ranking(items[ranking.indices], ranking.gains)
 
 
@@ -557,6 +557,19 @@ def _order(matrix: Array, forced: Indices | None = None, scale: Array | None = N
             return None
         factor.choose(best)
     return factor.ranking()
+
+
+def _exchange_ratios(matrix: Array, items: Indices, others: Indices) -> Array:
+    """Return det L_{Y−i+j} / det L_Y for each i in ``items`` and j in ``others``."""
+    diagonal = np.diag(matrix)
+    scale = 1 / np.sqrt(diagonal[items])
+    lower = np.linalg.cholesky(matrix[np.ix_(items, items)] * scale[:, None] * scale)
+    half = solve_triangular(lower, matrix[np.ix_(items, others)] * scale[:, None], lower=True)
+    inverse = solve_triangular(lower, np.eye(len(items)), lower=True)
+    residuals = np.maximum(diagonal[others] - np.sum(half**2, axis=0), 0.0)
+    coordinates = scale[:, None] * (inverse.T @ half)
+    ratios: Array = (scale**2 * np.sum(inverse**2, axis=0))[:, None] * residuals + coordinates**2
+    return ratios
 
 
 def _esp_table(logs: Array, k: int) -> Array:

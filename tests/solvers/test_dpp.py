@@ -330,6 +330,18 @@ def test_polishing_never_lowers_and_ends_where_no_exchange_helps(conditions, n, 
     assert found.log_det <= exhaustive_map(kernel, 4, **conditions).log_det + 1e-9
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_polishing_ends_on_nearly_dependent_experts(spread):
+    """Ratios of determinants are then mostly rounding, which must neither lower log det nor exchange for ever."""
+    rng = np.random.default_rng(6)
+    features = 1 + spread * rng.normal(size=(12, 8))
+    kernel = features @ features.T
+    start = [11, 10, 9, 8]
+    found = swap_polish(kernel, start)
+    assert found.log_det >= log_det(kernel, start)
+    np.testing.assert_allclose(found.log_det, exhaustive_map(kernel, 4).log_det, rtol=0.02)
+
+
 def test_polishing_repairs_a_greedy_mistake():
     """The longest vector lies between two others: greedy takes it, and the best pair is the other two."""
     features = np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.8]])
