@@ -152,7 +152,7 @@ def generalization(study: Study, report: Callable[[Row], None]) -> list[Row]:
     return rows
 
 
-def robustness(study: Study, report: Callable[[Row], None], severity: int = 3) -> list[Row]:
+def robustness(study: Study, report: Callable[[Row], None], severity: int = 5) -> list[Row]:
     """Selectors on corrupted test images of the first 4 seen tasks."""
     chosen = choices(study)
     rng = np.random.default_rng(0)

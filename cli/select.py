@@ -109,7 +109,7 @@ def tables(report: dict[str, Any]) -> list[Any]:
         for place, entry in enumerate(report["selected"], start=1)
     ]
     title = f"{report['selector']['name']}{f' ({options})' if options else ''}"
-    parts = [listing(("", "expert", "quality", "why"), rows, title=title, numeric=(0, 2))]
+    parts: list[Any] = [listing(("", "expert", "quality", "why"), rows, title=title, numeric=(0, 2))]
     left = [name for name in report["candidates"] if name not in chosen]
     if left:
         parts.append(f"left out: {', '.join(left)}")

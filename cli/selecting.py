@@ -53,14 +53,14 @@ def evidence(setup: Setup, progress: Any = None) -> Evidence:
     def features(weights: Any) -> Any:
         import torch
 
-        from ..objectives.features import features as measure
+        from ..objectives import features as measure
 
         return torch.cat([measure(setup.model, weights, task) for task in setup.tasks]).cpu().numpy()
 
     def predictions(weights: Any) -> Any:
         import torch
 
-        from ..objectives.features import predictions as measure
+        from ..objectives import predictions as measure
 
         return torch.cat([measure(setup.model, weights, task).argmax(1) for task in setup.tasks]).cpu().numpy()
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from .entropy import Entropy
     from .errors import DataError
     from .evaluation import Scores, accuracy, evaluate
-    from .features import agreement, mean_feature_similarity, predictions
     from .loss_objective import LossObjective
     from .models import Model, ModuleModel, Weights
     from .objective import Evaluation, Objective, SumObjective, TaskObjective
+    from .outputs import features, predictions
     from .statistics import Statistic, fisher_diagonal, grams
     from .task import Task, joint
     from .weighted_sum import WeightedSum
@@ -43,14 +43,13 @@ _MODULES = {
     "WeightedSum": "weighted_sum",
     "Weights": "models",
     "accuracy": "evaluation",
-    "agreement": "features",
     "corrupt": "corruptions",
     "evaluate": "evaluation",
     "fisher_diagonal": "statistics",
     "grams": "statistics",
     "joint": "task",
-    "mean_feature_similarity": "features",
-    "predictions": "features",
+    "predictions": "outputs",
+    "features": "outputs",
 }
 
 __all__ = [
@@ -73,13 +72,12 @@ __all__ = [
     "WeightedSum",
     "Weights",
     "accuracy",
-    "agreement",
     "corrupt",
     "evaluate",
+    "features",
     "fisher_diagonal",
     "grams",
     "joint",
-    "mean_feature_similarity",
     "predictions",
 ]
 

@@ -107,7 +107,8 @@ class Evidence:
 
     @cached_property
     def feature_similarity(self) -> Array:
-        """Mean over samples of the cosine between two experts' features [n, n] (Guo et al., equation 5)."""
+        """Mean over samples of the cosine between two experts' features [n, n] (the kernel of
+        Quality and Diversity Both Matter When Merging Models)."""
         measure = self._needed(self._features, "features", "validation inputs")
         rows = []
         for i in range(self.n):

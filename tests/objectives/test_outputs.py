@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from mergesolve.objectives import (
     CLIP,
     DataError,
@@ -15,11 +10,9 @@ from mergesolve.objectives import (
     Task,
     Weights,
     accuracy,
-    agreement,
-    mean_feature_similarity,
     predictions,
 )
-from mergesolve.objectives.features import features
+from mergesolve.objectives.outputs import features
 from torch import nn
 
 Tasks = tuple[Task, Task]
@@ -91,81 +84,6 @@ def test_what_does_not_fit_is_refused(clip: CLIP, clip_weights: Weights, clip_ta
         features(clip, clip_weights, large)
     with pytest.raises(DataError, match="task 'large' has no head"):
         predictions(clip, clip_weights, large)
-
-
-# -- how alike two experts are -----------------------------------------------------------------------------------------
-
-
-def _features(n: int, samples: int, size: int, seed: int = 0) -> list[torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(samples, size, generator=rng) for _ in range(n)]
-
-
-@given(n=st.integers(1, 5), samples=st.integers(1, 9), size=st.integers(1, 4), seed=st.integers(0, 99))
-def test_similarity_is_the_mean_cosine_on_the_same_sample_and_positive_semidefinite(
-    n: int, samples: int, size: int, seed: int
-) -> None:
-    rows = _features(n, samples, size, seed)
-    found = mean_feature_similarity(rows)
-    for i in range(n):
-        for j in range(n):
-            cosines = F.cosine_similarity(rows[i].double(), rows[j].double(), dim=1)
-            assert found[i, j] == pytest.approx(cosines.mean().item(), abs=1e-12)
-    assert np.array_equal(found, found.T)
-    assert np.linalg.eigvalsh(found).min() > -1e-12
-    assert np.diag(found) == pytest.approx(1)
-
-
-def test_similarity_does_not_depend_on_the_chunks_or_on_the_scale_of_a_feature(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _features(3, 20, 4)
-    whole = mean_feature_similarity(rows)
-    assert mean_feature_similarity([rows[0] * 3, rows[1] * 1e-3, rows[2]]) == pytest.approx(whole)
-    monkeypatch.setattr("mergesolve.objectives.features._CHUNK", 3 * 4 * 7)
-    assert mean_feature_similarity(rows) == pytest.approx(whole, abs=1e-14)
-
-
-def test_similarity_is_one_for_a_duplicate_and_0_for_a_feature_of_norm_0() -> None:
-    one, two = _features(2, 6, 4)
-    found = mean_feature_similarity([one, two, one.clone(), torch.zeros(6, 4)])
-    assert found[0, 2] == pytest.approx(1, abs=1e-12)
-    assert found[0] == pytest.approx(found[2])
-    assert found[3].tolist() == [0, 0, 0, 0]
-
-
-@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=6))
-def test_agreement_is_the_share_of_equal_classes_and_positive_semidefinite(classes: list[list[int]]) -> None:
-    found = agreement([F.one_hot(torch.tensor(row), 4) * 0.6 + 0.1 for row in classes])
-    for i, one in enumerate(classes):
-        for j, other in enumerate(classes):
-            assert found[i, j] == sum(a == b for a, b in zip(one, other, strict=True)) / 6
-    one_hot = np.eye(4)[np.array(classes)].reshape(len(classes), -1)
-    assert found == pytest.approx(one_hot @ one_hot.T / 6)
-    assert np.linalg.eigvalsh(found).min() > -1e-12
-
-
-def test_a_duplicate_expert_agrees_with_its_original(clip: CLIP, clip_weights: Weights, clip_tasks: Tasks) -> None:
-    task = clip_tasks[1]
-    rng = torch.Generator().manual_seed(0)
-    other = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=rng) for name, tensor in clip_weights.items()}
-    of = [predictions(clip, weights, task) for weights in (clip_weights, other, dict(clip_weights))]
-    assert agreement(of)[0, 2] == 1
-    assert agreement(of)[0, 1] < 1
-
-
-@pytest.mark.parametrize("measure", [mean_feature_similarity, agreement])
-def test_rows_that_cannot_be_compared_are_refused(measure: Any) -> None:
-    rows = _features(2, 6, 4)
-    name = measure.__name__
-    with pytest.raises(DataError, match=f"{name} needs the rows of at least one expert"):
-        measure([])
-    for bad in (rows[0][:5], rows[0][:, :3], rows[0][0]):
-        with pytest.raises(DataError, match=rf"{name}: expert 1 has rows of shape .*, and expert 0 of \[6, 4\]"):
-            measure([rows[0], bad])
-    with pytest.raises(DataError, match=rf"{name}: expert 0 has rows of shape \[0, 4\]"):
-        measure([rows[0][:0]])
-    rows[1][2, 1] = float("nan")
-    with pytest.raises(DataError, match=f"{name}: expert 1 has values that are not finite; check its checkpoint"):
-        measure(rows)
 
 
 def test_equal_modules_with_other_weights_are_told_apart() -> None:
