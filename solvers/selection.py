@@ -107,8 +107,10 @@ class Evidence:
 
     @cached_property
     def feature_similarity(self) -> Array:
-        """Mean over samples of the cosine between two experts' features [n, n] (the kernel of
-        Quality and Diversity Both Matter When Merging Models)."""
+        """Mean over samples of the cosine between two experts' features [n, n].
+
+        Source: Quality and Diversity Both Matter When Merging Models, section Methodology.
+        """
         measure = self._needed(self._features, "features", "validation inputs")
         rows = []
         for i in range(self.n):

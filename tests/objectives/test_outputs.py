@@ -13,7 +13,6 @@ from mergesolve.objectives import (
     predictions,
 )
 from mergesolve.objectives.outputs import features
-from torch import nn
 
 Tasks = tuple[Task, Task]
 
@@ -84,14 +83,3 @@ def test_what_does_not_fit_is_refused(clip: CLIP, clip_weights: Weights, clip_ta
         features(clip, clip_weights, large)
     with pytest.raises(DataError, match="task 'large' has no head"):
         predictions(clip, clip_weights, large)
-
-
-def test_equal_modules_with_other_weights_are_told_apart() -> None:
-    torch.manual_seed(0)
-    model = ModuleModel(nn.Linear(3, 2, bias=False))
-    task = Task("t", torch.randn(8, 3), None, ("a", "b"))
-    weight = torch.randn(2, 3)
-    of = [predictions(model, {"weight": w}, task) for w in (weight, -weight)]
-    assert agreement(of).tolist() == [[1, 0], [0, 1]]
-    rows = [features(model, {"weight": w}, task) for w in (weight, -weight)]
-    assert mean_feature_similarity(rows) == pytest.approx(np.array([[1, -1], [-1, 1]]))
