@@ -27,6 +27,7 @@ def random_words(seed: int, expert: str, name: str, start: int, stop: int) -> ND
 
 def keep(words: NDArray[np.uint32], probability: float) -> NDArray[np.bool_]:
     """Return which elements are kept, each with this probability (to 2⁻³²)."""
-    if probability >= 1:
+    limit = round(probability * 2**32)
+    if limit >= 2**32:
         return np.ones(len(words), dtype=np.bool_)
-    return words < np.uint32(round(probability * 2**32))
+    return words < np.uint32(limit)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from ...pools import Pool
+from ...pools import Pool, operator
 from ...pools.sources import Scratch
 from ...pools.transforms.transform import Transform
 from ...pools.transforms.trim import Trim
@@ -78,10 +78,13 @@ class SignMerge(Merge):
 
 
 def majority(pool: Pool, weights: torch.Tensor) -> float:
-    """Return the sign of the sum over all entries of the signs of the totals: +1, −1 or 0. One pass."""
+    """Return the sign of the sum over all entries of the signs of the totals, −1 if that is 0 as in the authors' code.
+
+    One pass.
+    """
     source, workers = pool.stream()
     sizes = {name: prod(shape) for name, shape in pool.tensors.items()}
-    limit = workers.limit // 4
+    limit = operator.gram_limit(workers.limit, pool.n)
     items = [(name, a, min(a + limit, size)) for name, size in sizes.items() for a in range(0, size, limit)]
     found = 0.0
 
@@ -94,7 +97,7 @@ def majority(pool: Pool, weights: torch.Tensor) -> float:
         found += value
 
     workers.run(items, balance, then=add, serial=source.serial)
-    return math.copysign(1.0, found) if found else 0.0
+    return 1.0 if found > 0 else -1.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Ties(SignMerge):
 
 @dataclass(frozen=True)
 class MagMax(Merge):
-    """θ = θ0 + scale · τ with, in each entry, the τ_i of largest magnitude (of equal ones, the first expert's)."""
+    """θ = θ0 + scale · τ with, in each entry, the τ_i of largest magnitude (of x and −x, the positive one)."""
 
     source: ClassVar[str] = "Marczak et al. (2024), MagMax, section 4"
 
@@ -138,7 +141,7 @@ class MagMax(Merge):
 
     def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
         """Return the entry-wise choice."""
-        return _unified(lambda stack: stack.gather(0, stack.abs().argmax(0, keepdim=True))[0], self.scale)
+        return _unified(largest, self.scale)
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,12 @@ class Emr(Merge):
     def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
         """Return the unified vector's rule."""
         return _unified(unified, self.scale)
+
+
+def largest(stack: torch.Tensor) -> torch.Tensor:
+    """Return the entry of largest magnitude [m] of task vectors [n, m], whatever their order."""
+    high, low = stack.amax(0), stack.amin(0)
+    return torch.where(high >= -low, high, low)
 
 
 def unified(stack: torch.Tensor) -> torch.Tensor:

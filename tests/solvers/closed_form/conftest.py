@@ -180,7 +180,7 @@ def ties(base, taus, names, density=0.2, trim="model", **options):
 
 def magmax(base, rows, scale=0.5):
     flat = rows.reshape(len(rows), -1)
-    chosen = np.array([column[np.argmax(np.abs(column))] for column in flat.T])
+    chosen = np.array([max(column, key=lambda x: (abs(x), x)) for column in flat.T])
     return base + scale * chosen.reshape(base.shape)
 
 

@@ -97,10 +97,11 @@ def test_does_not_depend_on_pieces_threads_and_backend(
         torch.testing.assert_close(found[name], value, rtol=within, atol=within, msg=name)
 
 
-def test_equivariant_to_the_order_of_the_pool(method, sampled, count, tables):
+@pytest.mark.parametrize("kind", ["normal", "grid"])
+def test_equivariant_to_the_order_of_the_pool(method, kind, sampled, count, tables):
     if method in tables.ordered:
         pytest.skip("the order of its experts means something")
-    base, experts = sampled("normal", count(method, 4), "float32")
+    base, experts = sampled(kind, count(method, 4), "float32")
     one = merge_weights(Pool.from_state_dicts(base, experts), make_merge(method))
     other = merge_weights(Pool.from_state_dicts(base, dict(reversed(experts.items()))), make_merge(method))
     within = tables.decomposing.get(method, 2e-6)
