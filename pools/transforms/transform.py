@@ -91,7 +91,10 @@ def check_densities(owner: Transform, densities: object) -> None:
     """Raise PoolError unless `densities` is None or a mapping of names to numbers in (0, 1]."""
     fine = densities is None or (
         isinstance(densities, Mapping)
-        and all(isinstance(value, (int, float)) and 0 < value <= 1 for value in densities.values())
+        and all(
+            isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+            for name, value in densities.items()
+        )
     )
     if not fine:
         raise PoolError(
