@@ -112,7 +112,6 @@ class Kernel:
                 ratio = norms[other] / norms[first]
                 similarity[other] = similarity[first] * ratio
                 similarity[:, other] = similarity[:, first] * ratio
-                similarity[other, other] = norms[other] ** 2
         with np.errstate(over="ignore", invalid="ignore"):
             matrix = quality[:, None] * similarity * quality
         _finite("kernel (quality squared times similarity)", matrix, 2, names)

@@ -169,8 +169,10 @@ def test_probabilities_of_a_large_kdpp_are_finite_and_sum_to_k():
     assert -1e4 < log_likelihood(kernel, range(120), 120) < 0
 
 
-def test_the_whole_pool_is_the_only_kdpp_of_its_size():
-    kernel = gram(5, 5)
+@pytest.mark.parametrize("seed", range(10))
+def test_the_whole_pool_is_the_only_kdpp_of_its_size(seed):
+    kernel = gram(5, 5, seed)
+    assert log_likelihood(kernel, range(5), 5) <= 0
     np.testing.assert_allclose(kdpp_marginals(kernel, 5), np.ones(5), rtol=1e-12)
     assert log_likelihood(kernel, range(5), 5) == pytest.approx(0, abs=1e-12)
     assert sample_kdpp(kernel, 5, np.random.default_rng(0)).tolist() == list(range(5))
@@ -309,6 +311,16 @@ def test_exhaustive_search_is_never_beaten_by_rounding():
     assert len(exhaustive_map(kernel * 1e6).indices) == 3
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_exhaustive_search_does_not_mistake_rounding_for_volume(seed):
+    """Two copies of the strongest expert have a determinant of rounding, 1e-16 · 1e12 · 1e12, which is larger than the
+    true one of the best three, 1e12 · 1 · 1e-8."""
+    features = np.repeat(np.random.default_rng(seed).normal(size=(3, 5)), 2, axis=0)
+    features *= np.array([1e6, 1.1e6, 1, 1.1, 1e-4, 1.1e-4])[:, None]
+    kernel = features @ features.T
+    assert exhaustive_map(kernel, 3).indices.tolist() == [1, 3, 5]
+
+
 @pytest.mark.parametrize("conditions", CONDITIONS)
 @few
 @given(n=st.integers(8, 12), seed=seeds)
@@ -437,6 +449,14 @@ def test_a_chain_of_near_duplicates_is_one_group():
     assert kernel.duplicates == ((0, 1, 2, 3, 4),)
     assert kernel.rank == 1
     assert np.linalg.eigvalsh(kernel.matrix).min() > -1e-12
+
+
+def test_experts_without_any_similarity_are_no_duplicates():
+    """A task vector of 0 has similarity 0 to everything, itself included; two of them are never selected."""
+    kernel = Kernel(np.ones(4), np.diag([1.0, 0.0, 1.0, 0.0]))
+    assert kernel.duplicates == ()
+    assert kernel.rank == 2
+    assert greedy_map(kernel.matrix, 2).indices.tolist() == [0, 2]
 
 
 def test_experts_that_are_only_alike_are_no_duplicates():
