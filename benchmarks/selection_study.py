@@ -2,6 +2,7 @@
 
     python benchmarks/selection_study.py generalization   6 seen and 2 unseen tasks; every subset of 3 of 6 experts
     python benchmarks/selection_study.py robustness       the same merges on corrupted test images of 4 seen tasks
+    python benchmarks/selection_study.py --config docs/examples/selection_clip.yaml    CLIP ViT-B/32 and its data sets
 
 Accuracies are top-1 in percent on 200 test images a task. What is chosen (scales, experts, coefficients) is chosen on
 validation and training images of the 6 seen tasks. All 20 subsets of 3 are merged, so that the percentile of a chosen
@@ -18,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mergesolve.cli.recipe import from_mapping
+from mergesolve.cli.recipe import from_mapping, read_yaml
 from mergesolve.cli.selecting import evidence
 from mergesolve.cli.setup import Setup
 from mergesolve.objectives import evaluate
 from mergesolve.objectives.corruptions import CORRUPTIONS
-from mergesolve.pools import Pool, Weights
+from mergesolve.pools import Weights
 from mergesolve.solvers import PRESETS, solve
-from mergesolve.solvers.closed_form import make_merge
+from mergesolve.solvers.closed_form import make_merge, merge_weights
 from mergesolve.solvers.closed_form.scan import scan
 from mergesolve.solvers.selection import DPP, Evidence, GreedySoup, quality, similarity
-from mergesolve.zoo import Zoo, load
+from mergesolve.zoo import load
 from scipy.stats import spearmanr
 from zoo_study import markdown, spread
 
@@ -40,29 +41,39 @@ Row = dict[str, Any]
 
 
 class Study:
-    """The pool of the seen tasks' experts, what merges are measured on, and merges that were made already."""
+    """The pool of the seen tasks' experts, what merges are measured on, and merges that were made already.
 
-    def __init__(self, zoo: Zoo) -> None:
-        self.zoo = zoo
-        self.model = zoo.model()
-        tasks = spread(zoo.tasks, 8)
-        self.unseen = [tasks[2], tasks[6]]
-        self.seen = [name for name in tasks if name not in self.unseen]
-        self.tests = {name: zoo.task(name, "test", limit=TEST) for name in tasks}
-        self.pool = Pool.open(base=zoo.base, experts={name: zoo.experts[name] for name in self.seen})
-        self.validation = [zoo.task(name, "validation", limit=VALIDATION) for name in self.seen]
+    fields: a recipe with pool, model and tasks (or the zoo); its experts are those of the seen tasks, by name. `unseen`
+    names the tasks that nothing is chosen on, `corrupted` those of the robustness study.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = {name: value for name, value in fields.items() if name not in ("unseen", "corrupted")}
+        names = [task["name"] for task in self.fields["tasks"]]
+        self.unseen = list(fields["unseen"])
+        self.seen = [name for name in names if name not in self.unseen]
+        self.corrupted = list(fields["corrupted"])
+        whole = self.setup(names)
+        self.model = whole.model
+        self.tests = {part.name: whole.load_test(part).subset(TEST, 0) for part in whole.recipe.tasks}
+        self.choosing = self.setup(self.seen, split="validation", limit=VALIDATION)
+        self.pool = self.choosing.pool
         self._merged: dict[tuple[str, tuple[str, ...]], Weights] = {}
+
+    def setup(self, tasks: Sequence[str], experts: Sequence[str] | None = None, **changes: Any) -> Setup:
+        """The live recipe of some tasks and experts."""
+        chosen = [task for task in self.fields["tasks"] if task["name"] in tasks]
+        if changes.get("split") == "validation":  # where a task has one split, other images than the labelled ones
+            chosen = [{**task, "seed": 1} for task in chosen]
+        pool = dict(self.fields["pool"])
+        if experts is not None:
+            given = pool["experts"]
+            pool["experts"] = {n: given[n] for n in experts} if isinstance(given, Mapping) else list(experts)
+        return Setup(from_mapping({**self.fields, "pool": pool, "tasks": chosen, **changes}, PRESETS))
 
     def evidence(self) -> Evidence:
         """What selectors may ask: the seen tasks' validation images."""
-        fields = {
-            "zoo": True,
-            "pool": {"experts": self.seen},
-            "tasks": [{"name": name} for name in self.seen],
-            "split": "validation",
-            "limit": VALIDATION,
-        }
-        return evidence(Setup(from_mapping(fields, PRESETS)))
+        return evidence(self.choosing)
 
     def merged(self, method: str, names: Sequence[str]) -> Weights:
         """Merge some experts; scales are chosen on validation images, coefficients on training images."""
@@ -72,23 +83,13 @@ class Study:
         return self._merged[key]
 
     def _scanned(self, method: str, names: Sequence[str]) -> Weights:
-        from mergesolve.solvers.closed_form import merge_weights
-
         pool = self.pool.subset(names)
         merge = make_merge("ties" if method == "TIES" else "task-arithmetic")
-        best = scan(pool, merge, {"scale": SCALES}, lambda w: evaluate(self.model, w, self.validation)).merge
+        best = scan(pool, merge, {"scale": SCALES}, lambda w: evaluate(self.model, w, self.choosing.tasks)).merge
         return merge_weights(pool, best)
 
     def _solve(self, names: Sequence[str]) -> Weights:
-        fields = {
-            "zoo": True,
-            "preset": "fw-soft",
-            "pool": {"experts": list(names)},
-            "tasks": [{"name": name} for name in self.seen],
-            "limit": LABELS,
-            "max_iter": 2,
-        }
-        setup = Setup(from_mapping(fields, PRESETS))
+        setup = self.setup(self.seen, names, preset="fw-soft", limit=LABELS, max_iter=2)
         result = solve(setup.problem, setup.solver, start=setup.start, max_iter=setup.recipe.max_iter)
         return setup.problem.weights(result.coefficients)
 
@@ -153,12 +154,12 @@ def generalization(study: Study, report: Callable[[Row], None]) -> list[Row]:
 
 
 def robustness(study: Study, report: Callable[[Row], None], severity: int = 5) -> list[Row]:
-    """Selectors on corrupted test images of the first 4 seen tasks."""
+    """Selectors on corrupted test images of some tasks."""
     chosen = choices(study)
     rng = np.random.default_rng(0)
     for draw in range(3):
         chosen[f"random 3, draw {draw + 1}"] = tuple(rng.choice(study.seen, K, replace=False))
-    tasks = [study.tests[name] for name in study.seen[:4]]
+    tasks = [study.tests[name] for name in study.corrupted]
     sets = {"clean": tasks, **{kind: [task.corrupted(kind, severity) for task in tasks] for kind in CORRUPTIONS}}
     rows: list[Row] = []
     for method in METHODS:
@@ -172,6 +173,15 @@ def robustness(study: Study, report: Callable[[Row], None], severity: int = 5) -
     return rows
 
 
+def of_the_zoo() -> dict[str, Any]:
+    """8 tasks of the embedded zoo, two of them unseen."""
+    names = spread(load().tasks, 8)
+    unseen = [names[2], names[6]]
+    seen = [name for name in names if name not in unseen]
+    tasks = [{"name": name} for name in names]
+    return {"zoo": True, "pool": {"experts": seen}, "tasks": tasks, "unseen": unseen, "corrupted": seen[:4]}
+
+
 STUDIES: Mapping[str, Callable[[Study, Callable[[Row], None]], list[Row]]] = {
     "generalization": generalization,
     "robustness": robustness,
@@ -182,12 +192,13 @@ def main() -> None:
     """Run the studies that are named, print markdown, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all of {', '.join(STUDIES)}")
+    parser.add_argument("--config", type=Path, help="other models and data (docs/examples/selection_clip.yaml)")
     parser.add_argument("--json", type=Path, default=Path("runs/selection_study.json"), help="where the figures go")
     options = parser.parse_args()
     for name in options.studies:
         if name not in STUDIES:
             parser.error(f"no study {name!r}; there are {', '.join(STUDIES)}")
-    study = Study(load())
+    study = Study(of_the_zoo() if options.config is None else read_yaml(options.config, "configuration"))
     results = {}
     print(f"seen {', '.join(study.seen)}; unseen {', '.join(study.unseen)}", flush=True)
     for name in options.studies or STUDIES:

@@ -99,6 +99,14 @@ def test_every_recipe_in_the_docs_is_one(page):
             assert parse_spec(fields, {}).experts
 
 
+def test_the_configuration_of_the_selection_studies_is_one():
+    fields = yaml.safe_load(text_of(ROOT / "docs/examples/selection_clip.yaml"))
+    unseen, corrupted = fields.pop("unseen"), fields.pop("corrupted")
+    names = {task.name for task in from_mapping(fields, PRESETS).tasks}
+    assert {*unseen, *corrupted} < names
+    assert set(fields["pool"]["experts"]) == names - set(unseen)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_in_the_docs_parses(page):
     for block in blocks(page, "python"):
