@@ -21,11 +21,19 @@ from .names import UsageProblem
 @click.option("--split", metavar="SPLIT", help="Split of zoo tasks: validation (default), train or test.")
 @click.option("--limit", type=int, metavar="N", help="Use at most N samples a task, class-balanced.")
 @click.option("--relevance", is_flag=True, help="Also print and draw ⟨∇loss, τ⟩ of every task and expert.")
+@click.option("--bound", is_flag=True, help="Also print the measured terms of the bound on the average's risk.")
 @click.option("--out", metavar="FILE", help="Write the chosen pool as YAML, which --pool reads.")
 @click.option("--figures", metavar="FOLDER", help="Draw kernel, quality against similarity, map of experts.")
 @json_flag
 def command(
-    selector: str, k: int | None, relevance: bool, out: str | None, figures: str | None, as_json: bool, **flags: Any
+    selector: str,
+    k: int | None,
+    relevance: bool,
+    bound: bool,
+    out: str | None,
+    figures: str | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Choose experts by SELECTOR: dpp (default), top-k, greedy-soup, best-single, random, all.
 
@@ -42,7 +50,7 @@ def command(
     from .console import counting, note, print_json, show
     from .recipe import Choice, Recipe
     from .schema import parse
-    from .selecting import check_selector, evidence, record
+    from .selecting import bounds, check_selector, evidence, record
     from .setup import Setup
 
     choice_fields = named_options(selector, "SELECTOR")
@@ -61,15 +69,20 @@ def command(
     setup = Setup(parse(Recipe, fields, "recipe"))
     if zoo and not setup.recipe.pool.experts:  # all of it, those that should not be chosen too
         setup.recipe = replace(setup.recipe, pool=replace(setup.recipe.pool, experts=tuple(setup.zoo.experts)))
-    if relevance and not setup.recipe.tasks:
-        raise UsageProblem("--relevance needs labelled data: give --task NAME (zoo) or --task NAME=DATA with --model.")
+    if (relevance or bound) and not setup.recipe.tasks:
+        raise UsageProblem(
+            "--relevance and --bound need labelled data: give --task NAME (zoo) or --task NAME=DATA with --model."
+        )
     with counting("experts", quiet=as_json) as progress:
         found = evidence(setup, progress)
         selection = made.select(found)
         table = found.relevance if relevance else None
+        terms = bounds(found, selection) if bound else None
     report = record(selection, setup)
     if table is not None:
         report["relevance"] = {"tasks": list(table[0]), "scores": table[1].tolist()}
+    if terms is not None:
+        report["bound"] = terms
     if out is not None:
         _write_pool(setup, selection.names, Path(out))
         report["written"] = out
@@ -119,6 +132,10 @@ def tables(report: dict[str, Any]) -> list[Any]:
         header = ("expert", *report["relevance"]["tasks"])
         heading = "⟨∇loss, τ⟩ at the base: negative where the loss falls along the expert"
         parts.append(listing(header, cells, title=heading, numeric=tuple(range(1, len(header)))))
+    if "bound" in report:
+        cells = [(label, *(f"{value:.4g}" for value in terms.values())) for label, terms in report["bound"].items()]
+        header = ("experts", "mean risk", "diversity", "risk of the ensemble", "Δ²")
+        parts.append(listing(header, cells, title="terms of the bound on validation data", numeric=(1, 2, 3, 4)))
     return parts
 
 

@@ -64,6 +64,16 @@ def evidence(setup: Setup, progress: Any = None) -> Evidence:
 
         return torch.cat([measure(setup.model, weights, task).argmax(1) for task in setup.tasks]).cpu().numpy()
 
+    def confidence(weights: Any) -> Any:
+        import torch
+
+        from ..objectives import predictions as measure
+
+        rows = [
+            measure(setup.model, weights, task).gather(1, task.labels.unsqueeze(1)).squeeze(1) for task in setup.tasks
+        ]
+        return torch.cat(rows).cpu().numpy()
+
     return Evidence(
         pool,
         accuracy=accuracy,
@@ -71,8 +81,27 @@ def evidence(setup: Setup, progress: Any = None) -> Evidence:
         gradients=gradients,
         features=features,
         predictions=predictions,
+        confidence=confidence,
         progress=progress,
     )
+
+
+def bounds(found: Evidence, selection: Selection, draws: int = 20) -> dict[str, dict[str, float | None]]:
+    """The measured terms of the bound for the chosen experts, for all, and for the mean of random subsets as large."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    chosen = [found.names.index(name) for name in selection.names]
+    rng = np.random.default_rng(0)
+    random = [asdict(found.bound(rng.choice(found.n, len(chosen), replace=False).tolist())) for _ in range(draws)]
+    return {
+        "chosen": asdict(found.bound(chosen)),
+        "all": asdict(found.bound(range(found.n))),
+        f"random {len(chosen)}, mean of {draws}": {
+            name: float(np.mean([terms[name] for terms in random])) for name in random[0]
+        },
+    }
 
 
 def record(selection: Selection, setup: Setup) -> dict[str, Any]:

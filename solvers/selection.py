@@ -19,6 +19,7 @@ import numpy as np
 
 from . import dpp
 from .construct import construct, describe
+from .diversity import BoundTerms, bound_terms
 from .errors import OptionError, check_choice, check_number
 from .problem import cosines
 
@@ -33,7 +34,8 @@ class Evidence:
     """What is known of the experts of a pool, measured once, on first use.
 
     accuracy, losses: weights -> a number for each task; gradients: weights -> the gradient of each task's loss;
-    features: weights -> [samples, d], one row a validation sample; predictions: weights -> [samples] classes.
+    features: weights -> [samples, d], one row a validation sample; predictions: weights -> [samples] classes;
+    confidence: weights -> [samples] probabilities of the true class.
     Raises OptionError when a selector asks for what was not given.
     """
 
@@ -46,12 +48,13 @@ class Evidence:
         gradients: Callable[[Weights], Mapping[str, Weights]] | None = None,
         features: Callable[[Weights], Array] | None = None,
         predictions: Callable[[Weights], Array] | None = None,
+        confidence: Callable[[Weights], Array] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.pool = pool
         self.names = tuple(pool.names)
         self._accuracy, self._losses, self._gradients = accuracy, losses, gradients
-        self._features, self._predictions = features, predictions
+        self._features, self._predictions, self._confidence = features, predictions, confidence
         self._progress = progress
         self._blocks = pool.blocks("model")
 
@@ -137,6 +140,26 @@ class Evidence:
             self._tell("predictions", i + 1)
         classes = np.stack(rows)
         return np.array([[float((a == b).mean()) for b in classes] for a in classes])
+
+    @cached_property
+    def _true_class(self) -> Array:
+        """Probabilities of the true class [n, samples]."""
+        measure = self._needed(self._confidence, "confidence", "labelled validation data")
+        rows = []
+        for i in range(self.n):
+            rows.append(np.asarray(measure(self.average([i])), dtype=np.float64))
+            self._tell("confidence", i + 1)
+        return np.stack(rows)
+
+    def bound(self, experts: Sequence[int]) -> BoundTerms:
+        """Return the terms of the bound on the target risk of these experts' average, measured on validation data.
+
+        Source: Quality and Diversity Both Matter When Merging Models, proposition 1 and lemma 3.
+        """
+        chosen = list(experts)
+        true = self._true_class[chosen]
+        pairs = np.stack([true, 1 - true], axis=-1)  # the terms depend on the true class alone
+        return bound_terms(pairs, np.zeros(true.shape[1], dtype=np.int64), self.gram[np.ix_(chosen, chosen)])
 
     def merged_accuracy(self, experts: Sequence[int]) -> float:
         """Return the mean validation accuracy of the average of some experts."""

@@ -93,6 +93,16 @@ def test_relevance_is_a_table_of_tasks_and_experts(tiny, run):
     assert Path("figures/relevance.png").exists()
 
 
+def test_the_bound_is_that_of_its_terms(tiny, run):
+    result = run("select", "all", *pool_flags(tiny), *data_flags(tiny), "--bound", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["bound"]
+    assert rows["chosen"] == rows["all"]
+    for terms in rows.values():  # lemma 3
+        assert terms["ensemble_risk"] <= terms["mean_source_risk"] - terms["diversity"] + 1e-12
+        assert terms["delta_squared"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
