@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from mergesolve.cli.demo import LABELS, METHODS, spread
+from mergesolve.cli.listing import KINDS
 from mergesolve.objectives.registry import OBJECTIVES
 from mergesolve.pools.transforms import TRANSFORMS
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
@@ -163,7 +164,7 @@ def test_list_names_every_entry_of_every_registry_once(run):
     }
 
 
-@pytest.mark.parametrize("kind", ["solvers", "rules", "domains", "objectives", "presets", "methods", "transforms", "selectors"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_list_has_one_line_for_each_and_a_source_for_each_method(kind, run):
     entries = json.loads(run("list", kind, "--json").stdout)[kind]
     printed = run("list", kind).stdout
