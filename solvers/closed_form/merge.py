@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...pools import Blocks, Pool
+from ...pools import Blocks, Pool, PoolError
 from ...pools.sources import Scratch, Shape, TaskVectors
 from ...pools.transforms.transform import Transform
 from ..errors import OptionError, unknown
@@ -223,6 +223,14 @@ def only(pool: Pool, count: int, owner: object, what: str) -> None:
             f"{type(owner).__name__} merges exactly {count} {'expert' if count == 1 else 'experts'} ({what}); the pool "
             f"has {pool.n}: {', '.join(pool.names)}. Name those to merge."
         )
+
+
+def not_finite(name: str) -> PoolError:
+    """Return the error for a tensor of which a rule can make nothing."""
+    return PoolError(
+        f"pool: {name!r} holds NaN or infinity in some model; find it with `mergesolve pool inspect`, or leave the "
+        "tensor out with exclude."
+    )
 
 
 def options(merge: Merge) -> dict[str, object]:

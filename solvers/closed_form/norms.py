@@ -14,7 +14,7 @@ from ...pools import Blocks, Pool, operator
 from ...pools.sources import Scratch
 from ..errors import check_choice
 from .linear import one_row
-from .merge import Linear, Matrix, Part
+from .merge import Linear, Matrix, Part, not_finite
 
 SINGULAR = 1e-6  # a ratio whose denominator is smaller is taken as 0
 
@@ -78,7 +78,9 @@ class ModelStock(Linear):
 
 def squared_norms(pool: Pool) -> dict[str, Matrix]:
     """Return ‖τ_i‖² of each tensor, [n], summed in float64, in one pass."""
-    return _sums(pool, lambda part: part.stack().square_().sum(1, dtype=torch.float64), (pool.n,))
+    return _sums(
+        pool, lambda part: torch.linalg.vector_norm(part.stack(), dim=1, dtype=torch.float64).square_(), (pool.n,)
+    )
 
 
 def grams(pool: Pool, *, raw: bool = False) -> dict[str, Matrix]:
@@ -115,4 +117,7 @@ def _sums(pool: Pool, of: Callable[[Part], torch.Tensor], shape: tuple[int, ...]
         found[item[0]] += part.numpy()
 
     workers.run(items, measure, then=add, serial=source.serial)
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            raise not_finite(name)
     return found

@@ -27,7 +27,7 @@ from ...pools.sources import Scratch, TaskVectors
 from ...pools.transforms.transform import Apply, Transform
 from ...pools.workers import Workers
 from ..errors import check_number
-from .merge import Matrix, Merge, Part, Rule
+from .merge import Matrix, Merge, Part, Rule, not_finite
 
 if TYPE_CHECKING:
     from ...pools.statistics import Statistics
@@ -66,6 +66,8 @@ class Pcb(Merge):
 
         def rule(part: Part) -> torch.Tensor:
             stack = part.stack()
+            if not bool(stack.isfinite().all()):  # which clipping would hide
+                raise not_finite(part.name)
             weights = scaled(score(stack), floor.to(stack), top.to(stack))
             clipped = stack.abs().clamp_(column(low).to(stack), column(high).to(stack)).mul_(stack.sign())
             merged = (weights * clipped).sum(0) / weights.sum(0).clamp_min_(SMALLEST)

@@ -16,52 +16,74 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ...pools import Pool, PoolError
+from ...pools import Pool
 from ...pools.magnitudes import Cut, cut
 from ...pools.sources import Shape
 from ..errors import check_choice, check_number
-from .merge import Merge, Part, Rule, check_weights, expert_weights
+from .merge import Merge, Part, Rule, check_weights, expert_weights, not_finite
 
 if TYPE_CHECKING:
     from ...pools.statistics import Statistics
 
 
-ROUNDING = 16 * 2.0**-23  # relative to the largest, what a singular value of 0 is in float32 (measured: 6 · 2⁻²³)
-INDEPENDENT = 1e-12  # squared singular values below this, relative to the largest, are 0 in float64
+NOTHING = 1e-12  # squared singular values below this, relative to the largest, count as 0
+ROWS = 1024  # of a matrix that are in float64 at a time
 
 
-def factors(matrix: torch.Tensor, scale: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return U [m, r], S [r], Vᵀ [r, p] of the singular values that are not 0 to float32 rounding.
+def eigen(matrix: torch.Tensor, scale: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return S [r] and V [p, r] of A [m, p], float64, smallest first, from AᵀA: those that are not 0 to rounding.
 
-    `scale` is the norm of what the matrix was computed from, where that is larger than the matrix.
+    In float64 that finds singular values down to 1e-6 of the largest more exactly than LAPACK's SVD does in float32,
+    in less time, and does not fail on repeated ones. `scale` is the norm of what the matrix was computed from, if that
+    may be larger.
     """
-    try:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except LinAlgError:  # LAPACK's float32 routine may fail on repeated singular values
-        u, s, vh = (found.float() for found in torch.linalg.svd(matrix.double(), full_matrices=False))
-    rank = int((s > ROUNDING * s[0].clamp_min(scale)).sum()) if len(s) else 0
-    return u[:, :rank], s[:rank], vh[:rank]
-
-
-def orthogonal(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
-    """Return A (AᵀA)^(−1/2) of parts A side by side (axis 1), or (A Aᵀ)^(−1/2) A of parts below each other (axis 0).
-
-    That is the nearest matrix with orthonormal columns, or rows. Where the parts are not independent, it is so on the
-    space that they span. The root is taken in float64. Empties the list, so that the parts are freed.
-    """
-    stacked = torch.cat(parts, axis)
-    parts.clear()
-    columns = stacked if axis == 1 else stacked.T
-    square = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64, device=stacked.device)
-    for start in range(0, len(columns), 1024):
-        rows = columns[start : start + 1024].double()
+    square = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for start in range(0, len(matrix), ROWS):
+        rows = matrix[start : start + ROWS].double()
         square.addmm_(rows.T, rows)
     values, vectors = torch.linalg.eigh(square)
-    first = int((values <= values[-1] * INDEPENDENT).sum()) if len(values) else 0
-    vectors = vectors[:, first:]
-    torch.mm(vectors / values[first:].sqrt(), vectors.T, out=square)
-    root = square.float()
-    return stacked @ root if axis == 1 else root @ stacked
+    first = int((values <= NOTHING * values[-1].clamp_min(scale**2)).sum()) if len(values) else 0
+    return values[first:].sqrt(), vectors[:, first:]
+
+
+def times(matrix: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the product of a float32 matrix and a float64 one, in float64, as float32."""
+    found = torch.empty(len(matrix), other.shape[1], device=matrix.device)
+    for start in range(0, len(matrix), ROWS):
+        found[start : start + ROWS] = matrix[start : start + ROWS].double() @ other
+    return found
+
+
+def factors(matrix: torch.Tensor, count: int, scale: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return U [m, r], S [r], Vᵀ [r, p] of the r ≤ count largest singular values; those that are 0 are left out."""
+    m, p = matrix.shape
+    if m < p:
+        v, s, uh = factors(matrix.T, count, scale)
+        return uh.T, s, v.T
+    values, vectors = eigen(matrix, scale)
+    values, vectors = values[max(0, len(values) - count) :], vectors[:, max(0, len(values) - count) :]
+    return times(matrix, vectors / values), values.float(), vectors.T.float()
+
+
+def orthogonal(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return U Vᵀ of A = U S Vᵀ, and the sum of S.
+
+    U Vᵀ is the nearest matrix with orthonormal columns, or rows where A has more columns than rows; if its columns are
+    not independent, it is so on the space that they span.
+    """
+    m, p = matrix.shape
+    if m < p:
+        found, total = orthogonal(matrix.T)
+        return found.T, total
+    values, vectors = eigen(matrix)
+    return times(matrix, (vectors / values) @ vectors.T), float(values.sum())
+
+
+def whitened(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+    """Return the nearest orthonormal columns (axis 1) or rows (axis 0) to the parts' together; empties the list."""
+    stacked = torch.cat(parts, axis)
+    parts.clear()
+    return orthogonal(stacked)[0]
 
 
 def mean(part: Part) -> torch.Tensor:
@@ -78,14 +100,11 @@ def total(part: Part, weights: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def decomposed(matrix: Callable[[Part], torch.Tensor], part: Part) -> torch.Tensor:
-    """Return matrix(part); raise PoolError that names the tensor where a decomposition fails."""
+    """Return matrix(part); raise PoolError that names the tensor where a decomposition fails, as it does for NaN."""
     try:
         return matrix(part)
     except LinAlgError as error:
-        raise PoolError(
-            f"pool: the singular vectors of {part.name!r} could not be computed: look for NaN and infinity with "
-            "`mergesolve pool inspect`, or leave the tensor out with exclude."
-        ) from error
+        raise not_finite(part.name) from error
 
 
 @dataclass(frozen=True)
@@ -133,14 +152,13 @@ class TSVM(Spectral):
             return mean(part)
         left, values, right = [], [], []
         for i in range(part.n):
-            u, s, vh = factors(part.task_vector(i).view(part.shape))
-            left.append(u[:, :count].clone())
-            values.append(s[:count])
-            right.append(vh[:count].clone())
-            del u, vh
-        turned = orthogonal(left, 1)
+            u, s, vh = factors(part.task_vector(i).view(part.shape), count)
+            left.append(u)
+            values.append(s)
+            right.append(vh)
+        turned = whitened(left, 1)
         turned *= torch.cat(values)
-        return turned @ orthogonal(right, 0)
+        return turned @ whitened(right, 0)
 
 
 @dataclass(frozen=True)
@@ -154,8 +172,8 @@ class IsoC(Spectral):
 
     def matrix(self, part: Part) -> torch.Tensor:
         """Flatten the spectrum of the sum."""
-        u, s, vh = factors(total(part).view(part.shape))
-        return s.sum() / min(part.shape) * (u @ vh)
+        found, trace = orthogonal(total(part).view(part.shape))
+        return found * (trace / min(part.shape))
 
 
 @dataclass(frozen=True)
@@ -182,21 +200,18 @@ class IsoCTS(Spectral):
         own = round((size - int(size * self.common)) / n)
         own = min(own, size // n)
         shared = size - own * n
-        u, s, vh = factors(total(part).view(part.shape))
-        common = u[:, :shared].clone()
-        left, values, right = [common], [s[:shared]], [vh[:shared].clone()]
-        del u, vh
+        common, s, vh = factors(total(part).view(part.shape), shared)
+        left, values, right = [common], [s], [vh]
         for i in range(n if own else 0):
             matrix = part.task_vector(i).view(part.shape)
             norm = float(torch.linalg.vector_norm(matrix))
             matrix -= common @ (common.T @ matrix)
-            u, s, vh = factors(matrix, norm)
-            left.append(u[:, :own].clone())
-            values.append(s[:own])
-            right.append(vh[:own].clone())
-            del matrix, u, vh
+            u, s, vh = factors(matrix, own, norm)
+            left.append(u)
+            values.append(s)
+            right.append(vh)
         del common
-        return orthogonal(left, 1).mul_(torch.cat(values).sum() / size) @ orthogonal(right, 0)
+        return whitened(left, 1).mul_(torch.cat(values).sum() / size) @ whitened(right, 0)
 
 
 @dataclass(frozen=True)
@@ -277,21 +292,16 @@ class Knots(Spectral):
 
 
 def left_basis(part: Part) -> torch.Tensor:
-    """Return the left singular vectors U [m, r] of T = [τ_1 .. τ_n], in no order.
-
-    From T Tᵀ in float64, which finds those of relative singular value above 1e-6; where T has fewer columns than rows,
-    from Tᵀ T.
-    """
+    """Return the left singular vectors U [m, r] of T = [τ_1 .. τ_n], from T Tᵀ, or from Tᵀ T where that is smaller."""
     m, p = part.shape
     if part.n * p < m:
-        stacked = torch.cat([part.task_vector(i).view(m, p) for i in range(part.n)], 1).double()
-        values, vectors = torch.linalg.eigh(stacked.T @ stacked)
-        first = int((values <= values[-1] * INDEPENDENT).sum())
-        return (stacked @ vectors[:, first:].div_(values[first:].sqrt())).float()
+        stacked = torch.cat([part.task_vector(i).view(m, p) for i in range(part.n)], 1)
+        values, vectors = eigen(stacked)
+        return times(stacked, vectors.div_(values))
     square = torch.zeros(m, m, dtype=torch.float64, device=part.device)
     for i in range(part.n):
         matrix = part.task_vector(i).view(m, p).double()
         square.addmm_(matrix, matrix.T)
     values, vectors = torch.linalg.eigh(square)
     del square
-    return vectors[:, int((values <= values[-1] * INDEPENDENT).sum()) :].float()
+    return vectors[:, int((values <= values[-1] * NOTHING).sum()) :].float()

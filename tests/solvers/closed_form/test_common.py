@@ -9,7 +9,7 @@ import torch
 from mergesolve.pools import Pool, PoolError, operator
 from mergesolve.pools.workers import Workers
 from mergesolve.solvers import OptionError
-from mergesolve.solvers.closed_form import MERGES, describe_merge, make_merge, merge_weights, plan, write_merge
+from mergesolve.solvers.closed_form import MERGES, Part, describe_merge, make_merge, merge_weights, plan, write_merge
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -286,3 +286,25 @@ def test_runs_on_a_transformed_pool(method, oracle, count, tables):
     within = tables.decomposing.get(method, 2e-6)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=2e-6, atol=within, msg=name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_an_error_and_nothing_is_written(method, value, sampled, count, tmp_path):
+    base, experts = sampled("normal", count(method, 3), "float32")
+    spoilt = experts["e0"]["b.weight"].clone()
+    spoilt[7, 7] = value
+    pool = Pool.from_state_dicts(base, {**experts, "e0": {**experts["e0"], "b.weight": spoilt}})
+    with pytest.raises(PoolError, match=r"NaN or infinity|NaN and infinity|not (all )?finite"):
+        write_merge(pool, make_merge(method), tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_tensors_are_taken_one_expert_at_a_time(method, oracle, count, monkeypatch):
+    """So memory does not grow with the number of experts."""
+    merge = make_merge(method)
+    if not merge.whole:
+        pytest.skip("it works on pieces, of all experts")
+    pool, _ = oracle(method, {}, "normal", count(method, 3))
+    monkeypatch.setattr(Part, "stack", None)
+    assert merge_weights(pool, merge)
+    assert plan(pool, merge).host_memory > 4 * merge.held * 3000

@@ -5,7 +5,6 @@ import pytest
 import torch
 from mergesolve.pools import Pool, PoolError
 from mergesolve.solvers.closed_form import make_merge, merge_weights, plan
-from mergesolve.solvers.closed_form import spectral as module
 
 RNG = np.random.default_rng(3)
 
@@ -45,18 +44,18 @@ def separate():
 
 
 def test_tsv_m_of_one_is_the_expert(updates):
-    np.testing.assert_allclose(merged(pool_of(updates[:1]), "tsv-m")["w"], updates[0], atol=1e-5)
+    np.testing.assert_allclose(merged(pool_of(updates[:1]), "tsv-m")["w"], updates[0], atol=3e-6)
 
 
 def test_tsv_m_leaves_updates_in_orthogonal_spaces_alone(separate):
     """Nothing to whiten and nothing cut off: the sum of the updates."""
-    np.testing.assert_allclose(merged(pool_of(separate), "tsv-m")["w"], separate.sum(0), atol=1e-5)
+    np.testing.assert_allclose(merged(pool_of(separate), "tsv-m")["w"], separate.sum(0), atol=3e-6)
 
 
 def test_tsv_m_of_an_expert_twice_is_the_expert(separate):
     """Stacked singular vectors that are not independent: each direction is used once, not twice."""
     twice = merged(pool_of([separate[0], separate[0]]), "tsv-m")["w"]
-    np.testing.assert_allclose(twice, separate[0], atol=1e-5)
+    np.testing.assert_allclose(twice, separate[0], atol=3e-6)
 
 
 def test_tsv_m_uses_no_directions_of_an_expert_that_left_the_matrix_alone(separate):
@@ -64,7 +63,7 @@ def test_tsv_m_uses_no_directions_of_an_expert_that_left_the_matrix_alone(separa
     alone = merged(pool_of([separate[0]]), "tsv-m")["w"]
     assert np.linalg.matrix_rank(alone.numpy(), tol=1e-4) == 6
     base = pool_of([separate[0], np.zeros((24, 18))])
-    np.testing.assert_allclose(merged(base, "tsv-m")["w"], alone, atol=1e-5)
+    np.testing.assert_allclose(merged(base, "tsv-m")["w"], alone, atol=3e-6)
     assert bool(found.isfinite().all())
 
 
@@ -75,7 +74,7 @@ def test_iso_c_has_one_singular_value_which_is_the_mean(updates):
 
 def test_iso_c_leaves_a_flat_spectrum_alone():
     flat = 2.5 * orthogonal(24, 18)
-    np.testing.assert_allclose(merged(pool_of([0.25 * flat, 0.75 * flat]), "iso-c")["w"], flat, atol=1e-5)
+    np.testing.assert_allclose(merged(pool_of([0.25 * flat, 0.75 * flat]), "iso-c")["w"], flat, atol=3e-6)
 
 
 def test_iso_c_does_not_leave_the_space_of_the_updates(separate):
@@ -83,12 +82,12 @@ def test_iso_c_does_not_leave_the_space_of_the_updates(separate):
     found = merged(pool_of(separate[:1]), "iso-c")["w"].double().numpy()
     values = np.linalg.svd(found, compute_uv=False)
     np.testing.assert_allclose(values[:6], np.linalg.svd(separate[0], compute_uv=False).sum() / 18, rtol=1e-5)
-    np.testing.assert_allclose(values[6:], 0, atol=1e-5)
+    np.testing.assert_allclose(values[6:], 0, atol=3e-6)
 
 
 def test_iso_cts_with_everything_in_common_is_iso_c(updates):
     wanted = merged(pool_of(updates), "iso-c")["w"]
-    np.testing.assert_allclose(merged(pool_of(updates), "iso-cts", common=1.0)["w"], wanted, atol=1e-5)
+    np.testing.assert_allclose(merged(pool_of(updates), "iso-cts", common=1.0)["w"], wanted, atol=3e-6)
 
 
 @pytest.mark.parametrize("common", [0.0, 0.3, 0.8])
@@ -108,12 +107,12 @@ def test_knots_linear_is_task_arithmetic(updates):
     pool = pool_of(updates, base=RNG.normal(size=(24, 18)))
     wanted = merged(pool, "task-arithmetic", scale=0.3, weights=weights)["w"]
     np.testing.assert_allclose(
-        merged(pool, "knots", inner="linear", scale=0.3, weights=weights)["w"], wanted, atol=1e-5
+        merged(pool, "knots", inner="linear", scale=0.3, weights=weights)["w"], wanted, atol=3e-6
     )
 
 
 def test_knots_of_one_is_the_expert(updates):
-    np.testing.assert_allclose(merged(pool_of(updates[:1]), "knots", density=1.0)["w"], updates[0], atol=1e-5)
+    np.testing.assert_allclose(merged(pool_of(updates[:1]), "knots", density=1.0)["w"], updates[0], atol=3e-6)
 
 
 def test_knots_does_not_depend_on_the_basis_of_the_outputs(updates):
@@ -150,20 +149,28 @@ def test_nan_is_an_error_that_names_the_tensor(name, updates):
         merged(pool_of(updates), name)
 
 
-def test_a_decomposition_that_fails_in_float32_is_done_in_float64(updates, monkeypatch):
-    original = torch.linalg.svd
-    seen = []
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "knots"])
+@pytest.mark.parametrize("kind", ["identity", "ones", "signs"])
+def test_repeated_singular_values_are_no_obstacle(name, kind):
+    """Matrices on which LAPACK's divide and conquer may not converge: hundreds of equal singular values, or zeros."""
+    signs = np.sign(RNG.normal(size=128))
+    matrix = {"identity": np.eye(128), "ones": np.ones((128, 128)), "signs": np.diag(signs) + np.diag(signs[:64], 64)}
+    found = merged(pool_of([matrix[kind]] * 2), name)["w"]
+    assert bool(found.isfinite().all())
+    wanted = merged(pool_of([matrix[kind]]), name)["w"]
+    if name in ("tsv-m", "knots") and kind == "ones":
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
-    def svd(matrix, **options):
-        seen.append(matrix.dtype)
-        if matrix.dtype == torch.float32:
-            raise module.LinAlgError("did not converge")
-        return original(matrix, **options)
 
-    wanted = merged(pool_of(updates), "iso-c")["w"]
-    monkeypatch.setattr(torch.linalg, "svd", svd)
-    torch.testing.assert_close(merged(pool_of(updates), "iso-c")["w"], wanted, rtol=1e-5, atol=1e-5)
-    assert seen == [torch.float32, torch.float64]
+@pytest.mark.parametrize("ratio", [1e-2, 1e-4])
+def test_small_singular_values_count_as_the_large_ones_do(ratio):
+    """Iso-C of a sum whose singular values fall by 10⁴ still has one singular value, to float32."""
+    u, v, s = orthogonal(40, 30), orthogonal(30, 30), np.geomspace(1, ratio, 30)
+    rows = (u * s) @ v.T
+    stored = rows.astype(np.float32).astype(np.float64)
+    found = merged(pool_of([rows]), "iso-c")["w"].double().numpy()
+    left, values, right = np.linalg.svd(stored, full_matrices=False)
+    np.testing.assert_allclose(found, values.mean() * left @ right, atol=1e-7)
 
 
 def test_the_plan_of_knots_counts_its_basis():
