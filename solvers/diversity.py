@@ -54,7 +54,8 @@ def source_risks(predictions: ArrayLike, labels: ArrayLike) -> Array:
 
     Where each model has data of its own, call it once for each, with predictions [1, samples, classes].
     """
-    return _cross_entropy(_true_class(predictions, labels)).mean(axis=1)
+    risks: Array = _cross_entropy(_true_class(predictions, labels)).mean(axis=1)
+    return risks
 
 
 def mean_source_risk(predictions: ArrayLike, labels: ArrayLike) -> float:

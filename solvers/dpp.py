@@ -39,9 +39,9 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Items = Sequence[int] | NDArray[np.integer]
 
-SINGLE = 1e-6  # similarities may be computed in float32: asymmetry, negative eigenvalues and 1 − cosine up to here
-DOUBLE = 1e-8  # the same for kernels, which are float64 and made of repaired similarities
-DEPENDENT = 1e-10  # an item whose residual is below this part of its L_ii lies in the span of the others
+ROUNDING = 1e-6  # similarities may come from float32: asymmetry, negative eigenvalues and 1 − cosine up to here
+DEPENDENT = 1e-7  # an item whose residual is below this part of its L_ii lies in the span of the others: the rounding
+# of float64 comes back divided by the residuals of the items before, so that smaller ones cannot be told from 0
 IMPROVEMENT = 1e-10  # by how much log det has to grow for a swap: rounding must not swap for ever
 EXHAUSTIVE = 20  # experts; 2²⁰ determinants take some seconds
 BATCH = 1 << 14  # subsets whose determinants are computed at once
@@ -97,7 +97,7 @@ class Kernel:
         similarity = _finite("similarity", self.similarity, 2, names)
         if similarity.shape != (n, n):
             raise OptionError(f"The similarity has shape {similarity.shape}; {n} qualities need {(n, n)}.")
-        similarity = _symmetric("similarity", similarity, SINGLE)
+        similarity = _symmetric("similarity", similarity, ROUNDING)
         if (np.diag(similarity) < 0).any():
             worst = int(np.argmin(np.diag(similarity)))
             raise OptionError(
@@ -411,7 +411,7 @@ class _Factor:
         self.open[item] = False
         self.chosen.append(item)
         self.gains.append(float(np.log(pivot)))
-        if (self.residuals < -DOUBLE * self.scale).any():
+        if (self.residuals < -ROUNDING * self.scale).any():
             raise _indefinite()
 
     def force(self, items: Indices) -> None:
@@ -502,7 +502,7 @@ def _condition(kernel: ArrayLike, include: Items = (), exclude: Items = ()) -> _
 
 def _spectrum(conditioned: _Conditioned) -> _Spectrum:
     eigenvalues, vectors = np.linalg.eigh(conditioned.kernel)
-    if len(eigenvalues) and eigenvalues[0] < -DOUBLE * max(eigenvalues[-1], conditioned.scale.max()):
+    if len(eigenvalues) and eigenvalues[0] < -ROUNDING * max(eigenvalues[-1], conditioned.scale.max()):
         raise _indefinite()
     eigenvalues[: len(eigenvalues) - conditioned.rank] = 0.0
     eigenvalues = np.maximum(eigenvalues, 0.0)
@@ -596,7 +596,7 @@ def _repaired(similarity: Array) -> Array:
     diagonal, raised = np.diag(similarity), np.diag(positive_part)
     scale = np.sqrt(np.divide(diagonal, raised, out=np.zeros_like(raised), where=raised > 0))
     clipped: Array = (positive_part + positive_part.T) / 2 * scale[:, None] * scale
-    if lowest < -SINGLE * max(largest, -lowest):
+    if lowest < -ROUNDING * max(largest, -lowest):
         warnings.warn(
             f"The similarity is not positive semidefinite: its eigenvalues lie in [{lowest:.3g}, {largest:.3g}] and "
             f"{np.count_nonzero(eigenvalues < 0)} of {len(eigenvalues)} are negative. They were clipped at 0, which "
@@ -609,7 +609,7 @@ def _repaired(similarity: Array) -> Array:
 
 def _duplicates(similarity: Array) -> tuple[tuple[int, ...], ...]:
     norms = np.sqrt(np.diag(similarity))
-    same = similarity >= (1 - SINGLE) * norms[:, None] * norms
+    same = similarity >= (1 - ROUNDING) * norms[:, None] * norms
     same &= (norms > 0)[:, None] & (norms > 0)
     first = np.where(same.any(axis=1), np.argmax(same, axis=1), np.arange(len(same)))
     groups: dict[int, list[int]] = {}
@@ -622,7 +622,7 @@ def _duplicates(similarity: Array) -> tuple[tuple[int, ...], ...]:
 
 
 def _checked(kernel: ArrayLike) -> Array:
-    matrix = _symmetric("kernel", _finite("kernel", kernel, 2), DOUBLE)
+    matrix = _symmetric("kernel", _finite("kernel", kernel, 2), ROUNDING)
     if (np.diag(matrix) < 0).any():
         raise _indefinite()
     return matrix
