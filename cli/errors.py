@@ -77,7 +77,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             FAILED,
         )
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-        return f"{error.filename}: {error.strerror}.", MISUSED
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}.", MISUSED
     if isinstance(error, OSError):
         remedy = {
             errno.ENOSPC: " Free some space or choose another folder; nothing was left half written.",

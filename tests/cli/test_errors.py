@@ -72,3 +72,7 @@ def test_unknown_names_list_the_valid_ones_and_the_nearest():
         "unknown solver 'frank-wolf'. Did you mean 'frank-wolfe'? Valid: frank-wolfe, scan."
     )
     assert "Did you mean" not in str(unknown("solver", "zzzzz", ["frank-wolfe"]))
+
+
+def test_a_missing_place_without_a_file_name_is_told_by_its_own_words():
+    assert explain(FileNotFoundError(2, "the folder x cannot be made")) == ("the folder x cannot be made.", 2)
