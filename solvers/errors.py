@@ -39,7 +39,7 @@ def check_number(
         )
 
 
-def check_choice(owner: object, name: str, choices: Iterable[str]) -> None:
+def check_choice(owner: object, name: str, choices: Iterable[object]) -> None:
     """Raise OptionError unless ``owner.name`` is one of ``choices``."""
     value, choices = getattr(owner, name), list(choices)
     if value not in choices:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...pools import Blocks, Pool
-from ..errors import OptionError, check_number
+from ..errors import OptionError, check_choice, check_number
 from .merge import Linear, Matrix, check_weights, expert_weights, only
 
 
@@ -39,6 +39,7 @@ class Average(Linear):
 
     def __post_init__(self) -> None:
         check_weights(self, self.weights)
+        check_choice(self, "normalize", (True, False))
 
     def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
         """Return the weights over their sum."""
@@ -225,10 +226,7 @@ class EMA(Linear):
 
     def __post_init__(self) -> None:
         check_number(self, "decay", 0, 1, closed="left")
-        if self.start not in ("first", "base"):
-            raise OptionError(
-                f"The 'start' parameter of EMA must be one of 'first', 'base'. Got {self.start!r} instead."
-            )
+        check_choice(self, "start", ("first", "base"))
 
     def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
         """Return (1 − decay) · decay^(n − k) for k = 1..n; the first one takes what is left, or the base does."""

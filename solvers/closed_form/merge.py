@@ -216,6 +216,14 @@ def check_weights(owner: object, weights: object) -> None:
         )
 
 
+def check_transforms(owner: Merge) -> None:
+    """Raise OptionError for options that the merge's transforms do not take."""
+    try:
+        owner.transforms()
+    except PoolError as error:
+        raise OptionError(str(error)) from None
+
+
 def only(pool: Pool, count: int, owner: object, what: str) -> None:
     """Raise OptionError unless the pool has exactly so many experts."""
     if pool.n != count:

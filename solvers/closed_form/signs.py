@@ -15,7 +15,7 @@ from ...pools.sources import Scratch
 from ...pools.transforms.transform import Transform
 from ...pools.transforms.trim import Trim
 from ..errors import check_choice, check_number
-from .merge import Merge, Part, Rule, check_weights, expert_weights
+from .merge import Merge, Part, Rule, check_transforms, check_weights, expert_weights
 
 if TYPE_CHECKING:
     from ...pools.statistics import Statistics
@@ -121,6 +121,7 @@ class Ties(SignMerge):
         super().__post_init__()
         check_number(self, "density", 0, 1, closed="right")
         check_choice(self, "trim", ("model", "tensor"))
+        check_transforms(self)
         self.transforms()
 
     def transforms(self) -> Sequence[Transform]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,7 +12,9 @@ from ...pools.transforms.breadcrumbs import Breadcrumbs
 from ...pools.transforms.dare import Dare
 from ...pools.transforms.della import Della
 from ...pools.transforms.transform import Transform
+from ..errors import check_number
 from .linear import TaskArithmetic
+from .merge import check_transforms
 from .signs import SignMerge
 
 
@@ -28,7 +31,7 @@ class DareLinear(TaskArithmetic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
@@ -48,7 +51,7 @@ class DareTies(SignMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
@@ -70,7 +73,7 @@ class DellaLinear(TaskArithmetic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
@@ -92,7 +95,7 @@ class DellaTies(SignMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
@@ -111,7 +114,7 @@ class BreadcrumbsLinear(TaskArithmetic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the masking."""
@@ -130,7 +133,7 @@ class BreadcrumbsTies(SignMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the masking."""
@@ -149,7 +152,8 @@ class ConsensusLinear(TaskArithmetic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.transforms()
+        check_number(self, "multitask", 0, math.inf, closed="neither")
+        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
         """Return the consensus mask; `multitask` scales the sum of task vectors that experts are compared with."""
