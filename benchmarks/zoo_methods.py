@@ -28,6 +28,7 @@ GRID = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 TEST, VALIDATION, MEASURED = 200, 40, 64  # images a task
 LEFT_OUT = {
     "negation": "unlearns", "analogy": "of three experts", "wise-ft": "of one expert", "expo": "of one expert",
+    "tall-mask": "the model of one task",
     "slerp": "of two experts", "ewc": "of two experts; fisher is the same for more", "ema": "of a sequence",
     "swa": "of a sequence; equal to the average here",
 }  # fmt: skip

@@ -24,8 +24,8 @@ from ...pools import Pool, operator
 from ...pools.checkpoint import TensorInfo
 from ...pools.transforms.agreement import tall_masks
 from ...pools.writer import write_checkpoint
-from ..errors import OptionError, check_number, unknown
-from .merge import Merge, Part, Rule
+from ..errors import check_number, unknown
+from .merge import Merge, Part, Rule, only
 
 if TYPE_CHECKING:
     from ...pools.statistics import Statistics
@@ -47,11 +47,8 @@ class TallMask(Merge):
 
     def check(self, pool: Pool) -> None:
         """The expert is one of the pool, or its only one."""
-        if self.expert is None and pool.n > 1:
-            raise OptionError(
-                "TallMask retrieves one expert's model: name it with the 'expert' parameter; the pool has "
-                f"{', '.join(pool.names)}."
-            )
+        if self.expert is None:
+            only(pool, 1, self, "give the 'expert' parameter to retrieve one of more")
         if self.expert is not None and self.expert not in pool.names:
             raise unknown("expert of TallMask:", self.expert, pool.names)
 

@@ -127,6 +127,11 @@ MERGES: dict[str, Entry] = {
         "Breadcrumbs, then the sign election of TIES.",
         "Davari and Belilovsky (2024), Model Breadcrumbs; Yadav et al. (2023), TIES-Merging",
     ),
+    "tall-mask": Entry(
+        "masks:TallMask",
+        "One expert's model, retrieved from the sum of all task vectors by its TALL mask.",
+        "Wang et al. (2024), Localizing Task Information for Improved Model Merging and Compression",
+    ),
     "consensus": Entry(
         "sparse:ConsensusLinear",
         "Task arithmetic on the entries that at least k experts need (TALL masks).",

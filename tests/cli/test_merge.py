@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from .conftest import NAMES, recipe_fields
 from .test_bad_input import refused
 
-COUNTS = {"wise-ft": 1, "expo": 1, "slerp": 2, "ewc": 2}  # methods that merge exactly so many of the three experts
+# Methods that merge exactly so many of the three experts.
+COUNTS = {"wise-ft": 1, "expo": 1, "slerp": 2, "ewc": 2, "tall-mask": 1}
 
 
 def pool_flags(tiny, names=NAMES):

@@ -12,7 +12,7 @@ from mergesolve.zoo import load
 from safetensors.torch import load_file
 
 EXPERTS = ("digits", "chess", "colours")
-COUNTS = {"wise-ft": 1, "expo": 1, "slerp": 2, "ewc": 2}
+COUNTS = {"wise-ft": 1, "expo": 1, "slerp": 2, "ewc": 2, "tall-mask": 1}
 
 
 @pytest.fixture(scope="module")

@@ -476,6 +476,7 @@ REFERENCES = {
     "della-linear": after(pruned, task_arithmetic, DELLA, named=True),
     "breadcrumbs": after(crumbs, task_arithmetic, CRUMBS),
     "breadcrumbs-ties": after(crumbs, election, CRUMBS),
+    "tall-mask": linear(lambda names: [1.0]),  # of one expert; more are in test_masks.py
     "consensus": after(agreed, task_arithmetic, ("tall", "agree", "multitask")),
     "pcb": pcb,
     "metagpt": metagpt,
@@ -525,6 +526,7 @@ CASES = {
     ],
     "breadcrumbs": [{}, {"density": 0.9, "top": 0.3, "scale": 1.0}, {"density": 0.5, "top": 0.0}, {"density": 1.0}],
     "breadcrumbs-ties": [{}, {"density": 0.6, "top": 0.1, "merge": "sum", "zero": "plus"}],
+    "tall-mask": [{}],
     "consensus": [{}, {"tall": 1.0, "agree": 1, "multitask": 0.3}, {"agree": 3}],
     "pcb": [{}, {"density": 0.7, "scale": 1.0}, {"density": 1.0}],
     "metagpt": [{}],
@@ -539,7 +541,7 @@ CASES = {
 }
 """Options that each method is tried with: the defaults first, then what its variants need."""
 
-EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2}
+EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2, "tall-mask": 1}
 """Methods for a certain number of experts."""
 
 ORDERED = {"analogy", "swa", "ema", "slerp"}
