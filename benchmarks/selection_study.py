@@ -95,7 +95,11 @@ class Study:
 
     def accuracies(self, method: str, names: Sequence[str]) -> Row:
         """Mean accuracy on seen, unseen and all tasks."""
-        scores = evaluate(self.model, self.merged(method, names), list(self.tests.values()))
+        return self.grouped(self.merged(method, names))
+
+    def grouped(self, weights: Weights) -> Row:
+        """Mean accuracy of any weights on seen, unseen and all tasks."""
+        scores = evaluate(self.model, weights, list(self.tests.values()))
         groups = {"seen": self.seen, "unseen": self.unseen, "all": [*self.seen, *self.unseen]}
         return {label: 100 * float(np.mean([scores[name] for name in group])) for label, group in groups.items()}
 
@@ -118,7 +122,8 @@ def generalization(study: Study, report: Callable[[Row], None]) -> list[Row]:
     given = study.evidence()
     worth, alike = quality(given, "accuracy", "best"), similarity(given, "features")
     subsets = [tuple(subset) for subset in itertools.combinations(study.seen, K)]
-    rows: list[Row] = []
+    rows: list[Row] = [{"method": "the base", **study.grouped(given.average([]))}]
+    report(rows[0])
     for method in METHODS:
         every = {subset: study.accuracies(method, subset) for subset in subsets}
         overall = np.array([row["all"] for row in every.values()])
