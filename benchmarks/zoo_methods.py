@@ -100,13 +100,16 @@ def study(zoo: Zoo, names: Sequence[str], folder: Path, done: dict[str, Row], ke
 def main() -> None:
     """Run the studies that are named, print markdown, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pools", nargs="*", choices=["8", "all"], default=["8", "all"], help="default: both")
+    parser.add_argument("pools", nargs="*", metavar="POOL", help="8 or all (default: both)")
     parser.add_argument("--json", type=Path, default=Path("runs/zoo_methods.json"), help="where the figures go")
     options = parser.parse_args()
+    for name in options.pools:
+        if name not in ("8", "all"):
+            parser.error(f"no pool {name!r}; there are 8 and all")
     zoo = load()
     options.json.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
-    for name in options.pools:
+    for name in options.pools or ("8", "all"):
         names = spread(zoo.tasks, 8) if name == "8" else list(zoo.task_experts)
         print(f"\n## {name}\n", flush=True)
         folder = measure(options.json.parent / "statistics", names)
