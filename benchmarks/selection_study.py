@@ -47,7 +47,8 @@ class Study:
     names the tasks that nothing is chosen on, `corrupted` those of the robustness study.
     """
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], severity: int = 5) -> None:
+        self.severity = severity
         self.fields = {name: value for name, value in fields.items() if name not in ("unseen", "corrupted")}
         names = [task["name"] for task in self.fields["tasks"]]
         self.unseen = list(fields["unseen"])
@@ -158,14 +159,14 @@ def generalization(study: Study, report: Callable[[Row], None]) -> list[Row]:
     return rows
 
 
-def robustness(study: Study, report: Callable[[Row], None], severity: int = 5) -> list[Row]:
+def robustness(study: Study, report: Callable[[Row], None]) -> list[Row]:
     """Selectors on corrupted test images of some tasks."""
     chosen = choices(study)
     rng = np.random.default_rng(0)
     for draw in range(3):
         chosen[f"random 3, draw {draw + 1}"] = tuple(rng.choice(study.seen, K, replace=False))
     tasks = [study.tests[name] for name in study.corrupted]
-    sets = {"clean": tasks, **{kind: [task.corrupted(kind, severity) for task in tasks] for kind in CORRUPTIONS}}
+    sets = {"clean": tasks, **{kind: [task.corrupted(kind, study.severity) for task in tasks] for kind in CORRUPTIONS}}
     rows: list[Row] = []
     for method in METHODS:
         for label, names in chosen.items():
@@ -198,12 +199,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all of {', '.join(STUDIES)}")
     parser.add_argument("--config", type=Path, help="other models and data (docs/examples/selection_clip.yaml)")
+    parser.add_argument("--severity", type=int, default=5, help="of the corruptions, 1 to 5 (default 5)")
     parser.add_argument("--json", type=Path, default=Path("runs/selection_study.json"), help="where the figures go")
     options = parser.parse_args()
     for name in options.studies:
         if name not in STUDIES:
             parser.error(f"no study {name!r}; there are {', '.join(STUDIES)}")
-    study = Study(of_the_zoo() if options.config is None else read_yaml(options.config, "configuration"))
+    study = Study(
+        of_the_zoo() if options.config is None else read_yaml(options.config, "configuration"), options.severity
+    )
     results = {}
     print(f"seen {', '.join(study.seen)}; unseen {', '.join(study.unseen)}", flush=True)
     for name in options.studies or STUDIES:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from mergesolve.pools.transforms import make_transform
 from mergesolve.solvers import PRESETS, OptionError, Scan, make_domain, make_solver, solve, start_point
 
 
@@ -43,7 +44,8 @@ def test_scan_refuses_scales_outside_the_domain(merge):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_things_that_exist_and_fit(name, merge):
     preset = PRESETS[name]
-    assert set(preset) == {"summary", "objective", "blocks", "domain", "solver", "start", "max_iter"}
+    assert set(preset) - {"pool"} == {"summary", "objective", "blocks", "domain", "solver", "start", "max_iter"}
+    assert all(make_transform(spec) for spec in preset.get("pool", {}).get("transforms", ()))
     solver = dict(preset["solver"])
     if solver["name"].endswith("soft-frank-wolfe"):
         solver["inner_iterations"] = 2
