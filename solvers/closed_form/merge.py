@@ -143,6 +143,9 @@ class Merge(ABC):
     held: ClassVar[float] = 0.0
     """Copies of the largest tensor that a rule on whole tensors holds, beside what it returns."""
 
+    def __post_init__(self) -> None:  # noqa: B027 (for subclasses to extend)
+        """Check the options; raise OptionError."""
+
     def transforms(self) -> Sequence[Transform]:
         """Return the transforms of the task vectors that the rule is applied to, first to last."""
         return ()

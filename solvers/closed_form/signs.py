@@ -122,7 +122,6 @@ class Ties(SignMerge):
         check_number(self, "density", 0, 1, closed="right")
         check_choice(self, "trim", ("model", "tensor"))
         check_transforms(self)
-        self.transforms()
 
     def transforms(self) -> Sequence[Transform]:
         """Return the trimming."""

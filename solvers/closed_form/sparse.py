@@ -1,4 +1,7 @@
-"""Merges of sparsified task vectors: DARE, DELLA, Breadcrumbs, consensus. What they drop is a transform of the pool."""
+"""Merges of sparsified task vectors: DARE, DELLA, Breadcrumbs, consensus. What they drop is a transform of the pool.
+
+Each comes with two ways to merge what is left: the scaled sum of task arithmetic, or the sign election of TIES.
+"""
 
 from __future__ import annotations
 
@@ -14,137 +17,107 @@ from ...pools.transforms.della import Della
 from ...pools.transforms.transform import Transform
 from ..errors import check_number
 from .linear import TaskArithmetic
-from .merge import check_transforms
+from .merge import Merge, check_transforms
 from .signs import SignMerge
 
 
 @dataclass(frozen=True)
-class DareLinear(TaskArithmetic):
+class Sparse(Merge):
+    """What the options of a transform have in common, to be put before the merge of what is left."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_transforms(self)
+
+
+@dataclass(frozen=True)
+class DareOptions(Sparse):
+    """The options of `Dare`."""
+
+    density: float = 0.1
+    rescale: Literal["density", "l1", "none"] = "density"
+    seed: int = 0
+    densities: Mapping[str, float] | None = None
+
+    def transforms(self) -> Sequence[Transform]:
+        """Return the dropping."""
+        return (Dare(self.density, self.rescale, self.seed, self.densities),)
+
+
+@dataclass(frozen=True)
+class DareLinear(DareOptions, TaskArithmetic):
     """θ = θ0 + scale · Σ w_i dare(τ_i)."""
 
     source: ClassVar[str] = "Yu et al. (2024), Language Models are Super Mario, equations 2 and 3"
 
-    density: float = 0.1
-    rescale: Literal["density", "l1", "none"] = "density"
-    seed: int = 0
-    densities: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_transforms(self)
-
-    def transforms(self) -> Sequence[Transform]:
-        """Return the dropping."""
-        return (Dare(self.density, self.rescale, self.seed, self.densities),)
-
 
 @dataclass(frozen=True)
-class DareTies(SignMerge):
+class DareTies(DareOptions, SignMerge):
     """θ = θ0 + scale · disjoint merge of dare(τ_i); mergekit's: rescale="l1", zero="plus"."""
 
     source: ClassVar[str] = "Yu et al. (2024), Language Models are Super Mario, section 3.3"
 
-    density: float = 0.1
-    rescale: Literal["density", "l1", "none"] = "density"
+
+@dataclass(frozen=True)
+class DellaOptions(Sparse):
+    """The options of `Della`."""
+
+    density: float = 0.5
+    epsilon: float = 0.2
+    rescale: Literal["probability", "l1", "none"] = "probability"
+    window: Literal["paper", "symmetric"] = "paper"
     seed: int = 0
     densities: Mapping[str, float] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_transforms(self)
-
     def transforms(self) -> Sequence[Transform]:
         """Return the dropping."""
-        return (Dare(self.density, self.rescale, self.seed, self.densities),)
+        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed, self.densities),)
 
 
 @dataclass(frozen=True)
-class DellaLinear(TaskArithmetic):
+class DellaLinear(DellaOptions, TaskArithmetic):
     """θ = θ0 + scale · Σ w_i della(τ_i)."""
 
     source: ClassVar[str] = "Deep et al. (2024), DELLA-Merging, section 3 without election"
 
-    density: float = 0.5
-    epsilon: float = 0.2
-    rescale: Literal["probability", "l1", "none"] = "probability"
-    window: Literal["paper", "symmetric"] = "paper"
-    seed: int = 0
-    densities: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_transforms(self)
-
-    def transforms(self) -> Sequence[Transform]:
-        """Return the dropping."""
-        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed, self.densities),)
-
 
 @dataclass(frozen=True)
-class DellaTies(SignMerge):
+class DellaTies(DellaOptions, SignMerge):
     """θ = θ0 + scale · disjoint merge of della(τ_i)."""
 
     source: ClassVar[str] = "Deep et al. (2024), DELLA-Merging, section 3"
 
-    density: float = 0.5
-    epsilon: float = 0.2
-    rescale: Literal["probability", "l1", "none"] = "probability"
-    window: Literal["paper", "symmetric"] = "paper"
-    seed: int = 0
+
+@dataclass(frozen=True)
+class BreadcrumbsOptions(Sparse):
+    """The options of `Breadcrumbs`."""
+
+    density: float = 0.14
+    top: float = 0.01
     densities: Mapping[str, float] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_transforms(self)
-
     def transforms(self) -> Sequence[Transform]:
-        """Return the dropping."""
-        return (Della(self.density, self.epsilon, self.rescale, self.window, self.seed, self.densities),)
+        """Return the masking."""
+        return (Breadcrumbs(self.density, self.top, self.densities),)
 
 
 @dataclass(frozen=True)
-class BreadcrumbsLinear(TaskArithmetic):
+class BreadcrumbsLinear(BreadcrumbsOptions, TaskArithmetic):
     """θ = θ0 + scale · Σ w_i breadcrumbs(τ_i)."""
 
     source: ClassVar[str] = "Davari and Belilovsky (2024), Model Breadcrumbs, equations 2 and 3"
 
-    density: float = 0.14
-    top: float = 0.01
-    densities: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_transforms(self)
-
-    def transforms(self) -> Sequence[Transform]:
-        """Return the masking."""
-        return (Breadcrumbs(self.density, self.top, self.densities),)
-
 
 @dataclass(frozen=True)
-class BreadcrumbsTies(SignMerge):
+class BreadcrumbsTies(BreadcrumbsOptions, SignMerge):
     """θ = θ0 + scale · disjoint merge of breadcrumbs(τ_i)."""
 
     source: ClassVar[str] = "Davari and Belilovsky (2024), Model Breadcrumbs; Yadav et al. (2023), TIES-Merging"
 
-    density: float = 0.14
-    top: float = 0.01
-    densities: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_transforms(self)
-
-    def transforms(self) -> Sequence[Transform]:
-        """Return the masking."""
-        return (Breadcrumbs(self.density, self.top, self.densities),)
-
 
 @dataclass(frozen=True)
-class ConsensusLinear(TaskArithmetic):
-    """θ = θ0 + scale · Σ w_i m ∘ τ_i,   m = 1[at least `agree` experts have the entry in their TALL mask]."""
-
-    source: ClassVar[str] = "Wang et al. (2024), Localizing Task Information, equations 4 and 6"
+class ConsensusOptions(Sparse):
+    """The options of `Consensus`; `multitask` scales the sum of task vectors that experts are compared with."""
 
     tall: float = 0.4
     agree: int = 2
@@ -153,8 +126,14 @@ class ConsensusLinear(TaskArithmetic):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "multitask", 0, math.inf, closed="neither")
-        check_transforms(self)
 
     def transforms(self) -> Sequence[Transform]:
-        """Return the consensus mask; `multitask` scales the sum of task vectors that experts are compared with."""
+        """Return the consensus mask."""
         return (Consensus(self.tall, self.agree, self.multitask),)
+
+
+@dataclass(frozen=True)
+class ConsensusLinear(ConsensusOptions, TaskArithmetic):
+    """θ = θ0 + scale · Σ w_i m ∘ τ_i,   m = 1[at least `agree` experts have the entry in their TALL mask]."""
+
+    source: ClassVar[str] = "Wang et al. (2024), Localizing Task Information, equations 4 and 6"
