@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .names import choose
+from .names import UsageProblem, choose
 from .recipe import Choice
 
 if TYPE_CHECKING:
@@ -69,9 +69,11 @@ def evidence(setup: Setup, progress: Any = None) -> Evidence:
 
         from ..objectives import predictions as measure
 
-        rows = [
-            measure(setup.model, weights, task).gather(1, task.labels.unsqueeze(1)).squeeze(1) for task in setup.tasks
-        ]
+        rows = []
+        for task in setup.tasks:
+            if task.labels is None:
+                raise UsageProblem(f"the bound needs labels, and the task '{task.name}' has none.")
+            rows.append(measure(setup.model, weights, task).gather(1, task.labels.unsqueeze(1)).squeeze(1))
         return torch.cat(rows).cpu().numpy()
 
     return Evidence(

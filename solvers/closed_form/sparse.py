@@ -124,8 +124,8 @@ class ConsensusOptions(Sparse):
     multitask: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_number(self, "multitask", 0, math.inf, closed="neither")
+        super().__post_init__()
 
     def transforms(self) -> Sequence[Transform]:
         """Return the consensus mask."""
