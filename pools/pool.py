@@ -118,6 +118,7 @@ class Pool:
         device: str | torch.device,
         source: Callable[[Workers], TaskVectors] | None = None,
         lineage: tuple[str, ...] = (),
+        limit: int | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise PoolError(
@@ -130,7 +131,7 @@ class Pool:
         self._models = models
         self._given_source = source
         self._lineage = lineage
-        self._workers = Workers(operator.PIECE)
+        self._workers = Workers(operator.PIECE if limit is None else limit)
         self._fingerprint: str | None = None
         elements = sum(prod(shape) for shape in models.candidates.values())
         needed = resident_nbytes(self.n, models.candidates)
@@ -482,6 +483,7 @@ class Pool:
                 self.names,
                 lambda workers: Prepared(self.stream()[0], workers, made, self.names),
                 (*self._lineage, label),
+                joint=fn.joint,
             )
         if not isinstance(label, str) or not label:
             raise PoolError(f"pool: a transform needs a label that says what it does; got {label!r}.")
@@ -491,8 +493,15 @@ class Pool:
         )
 
     def _derived(
-        self, names: Sequence[str], source: Callable[[Workers], TaskVectors], lineage: tuple[str, ...]
+        self,
+        names: Sequence[str],
+        source: Callable[[Workers], TaskVectors],
+        lineage: tuple[str, ...],
+        *,
+        joint: bool = False,
     ) -> Pool:
+        """Return a pool of other task vectors; `joint` ones take all experts of a piece at once, so pieces shrink."""
+        limit = self._workers.limit
         return Pool(
             self._models,
             names,
@@ -501,6 +510,7 @@ class Pool:
             device=self.device,
             source=source,
             lineage=lineage,
+            limit=min(limit, operator.gram_limit(limit, self.n)) if joint else limit,
         )
 
     # Weights

@@ -82,6 +82,30 @@ def test_does_not_depend_on_pieces_and_backend(spec, piece, states, monkeypatch)
             np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("name", [name for name, entry in TRANSFORMS.items() if entry.load().joint])
+def test_pieces_shrink_with_the_number_of_experts_that_are_compared(name, monkeypatch):
+    """So that what is held does not grow with it, in subsets of the transformed pool, too."""
+    base = {"w": torch.randn(100_000, generator=torch.manual_seed(0))}
+    experts = {f"e{i}": {"w": base["w"] + 0.1 * i} for i in range(1, 41)}
+    pool = Pool.from_state_dicts(base, experts, backend="streaming")
+    transform = make_transform(name)
+    seen = []
+
+    def prepare(self, source, workers, names):
+        def apply(name, start, base, deltas, chosen):
+            seen.append(deltas.numel())
+            return deltas * 1
+
+        return apply
+
+    monkeypatch.setattr(type(transform), "prepare", prepare)
+    for changed in (pool.transform(transform), pool.transform(transform).subset(["e3", "e4"])):
+        changed.combine(np.full((1, changed.n), 0.1), changed.blocks("model"))
+        changed.gram(changed.blocks("model"))
+    assert seen
+    assert max(seen) <= 4 * operator.PIECE
+
+
 def test_nothing_is_read_until_it_is_used(spec, states, tmp_path):
     base, experts = states
     for name, state in {"base": base, **experts}.items():
