@@ -21,13 +21,17 @@ import torch
 from ...pools import Blocks, Pool, PoolError, Weights, operator
 from ...pools.pool import GROUP
 from ...pools.sources import Scratch, Stored
-from ...pools.workers import Workers
+from ...pools.workers import MAX_THREADS, Workers
 from ..errors import OptionError
 from .merge import Linear, Matrix, Merge, Part
 from .registry import describe_merge
 
 if TYPE_CHECKING:
     from ...pools.statistics import Statistics
+
+TEMPORARIES = 12  # stacks of all experts' pieces that a rule makes at most, those included that the allocator keeps
+HISTOGRAM = 8 << 16  # bytes an expert of the counts that find thresholds of a whole model
+LIBRARIES = 32 << 20  # bytes of code and workspace that PyTorch and LAPACK load when they are first used
 
 Progress = Callable[[int, int], None]
 """progress(elements merged so far, elements in all)."""
@@ -261,7 +265,8 @@ def plan(
     passes = max(other.passes + sum(transform.passes for transform in other.transforms()) for other in merges)
     written = pool.written_nbytes(dtype)
     group = 4 * max(min(GROUP, sum(sizes)), largest)
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), MAX_THREADS)
+    stack = 4 * pool.n * operator.gram_limit(operator.PIECE, pool.n)
     rule = max(other.memory(shapes.values(), pool.n) for other in merges)
     cuts = 12 * largest * threads if any(t.passes for other in merges for t in other.transforms()) else 0
     on_device = pool.device.type != "cpu"
@@ -271,6 +276,11 @@ def plan(
         passes=passes,
         bytes_read=passes * pool.candidate_nbytes + written + (0 if statistics is None else statistics.nbytes),
         bytes_written=written,
-        host_memory=group + pool.memory_needed + max(cuts, 0 if on_device else rule),
-        device_memory=rule + 4 * pool.n * operator.gram_limit(operator.PIECE, pool.n) if on_device else 0,
+        host_memory=LIBRARIES
+        + group
+        + pool.memory_needed
+        + threads * TEMPORARIES * stack
+        + (threads + 1) * pool.n * HISTOGRAM
+        + max(cuts, 0 if on_device else rule),
+        device_memory=rule + TEMPORARIES * stack if on_device else 0,
     )
