@@ -16,7 +16,7 @@ import gpu
 import iteration
 import memory
 import operators
-from measure import arguments, machine, show, towers
+from measure import SMALL, arguments, machine, show, towers
 
 BENCHMARKS = {"operators": operators, "memory": memory, "iteration": iteration, "closed_form": closed_form, "gpu": gpu}
 
@@ -37,7 +37,8 @@ def main() -> int:
             for name in options.names or BENCHMARKS:
                 module: Any = BENCHMARKS[name]
                 reason = module.why_not() if hasattr(module, "why_not") else None
-                rows = [] if reason else module.run(made)
+                toy = getattr(module, "TOY", {}) if options.architecture == SMALL else {}
+                rows = [] if reason else module.run(made, **toy)
                 results[name] = {"skipped": reason} if reason else [row.as_json() for row in rows]
                 print(f"{module.TITLE}: skipped, {reason}\n" if reason else show(module.TITLE, rows), flush=True)
     except OSError as error:

@@ -28,6 +28,7 @@ BY_PEER = {
     "fusion_bench": ("average", "task arithmetic", "TIES, whole model", "DARE"),
 }
 COPIES = {("fusion_bench", "TIES, whole model"): 65}  # models in memory at the peak, as far as that is too many
+TOY = {"counts": (2, 3), "methods": ("TIES, per tensor",), "repeats": 1}  # for a toy tower: does it run at all?
 Found = dict[str, float] | str  # what a process measured about itself, or why there is nothing
 
 
@@ -44,14 +45,14 @@ def obstacle(made: Towers, tool: str, method: str) -> str | None:
     return None
 
 
-def measure(made: Towers, work: Sequence[tuple[str, str, bool]], count: int) -> list[Found]:
+def measure(made: Towers, work: Sequence[tuple[str, str, bool]], count: int, repeats: int) -> list[Found]:
     """What one_merge.py says of each (tool, method, write to a file): the run with the median CPU time.
 
-    They take turns, so that a disturbance of the machine meets all of them, five times or until 10 s have been spent.
+    They take turns, so that a disturbance of the machine meets all of them, `repeats` times or until 10 s have been spent.
     """
     reasons = [obstacle(made, tool, method) for tool, method, _ in work]
     runs: list[list[dict[str, float]]] = [[] for _ in work]
-    for _ in range(5):
+    for _ in range(repeats):
         for k, (tool, method, write) in enumerate(work):
             if reasons[k] is None and sum(run["seconds"] for run in runs[k]) < 10:
                 say(f"closed_form: {method} of {count} by {tool}")
@@ -104,7 +105,9 @@ def row(made: Towers, what: str, tool: str, n: int, found: Found, share: float |
     return Row(what, figures, found["cpu"], target, met)
 
 
-def run(made: Towers, counts: tuple[int, int] = (8, 72), methods: tuple[str, ...] = METHODS) -> list[Row]:
+def run(
+    made: Towers, counts: tuple[int, int] = (8, 72), methods: tuple[str, ...] = METHODS, repeats: int = 5
+) -> list[Row]:
     """For each method our row, ours into a file, and the peers'; then ours for the larger pool."""
     few, many = counts
     warm([made.base, *made.experts(few).values()])
@@ -112,7 +115,7 @@ def run(made: Towers, counts: tuple[int, int] = (8, 72), methods: tuple[str, ...
     for method in methods:
         tools = ["mergesolve", *(tool for tool, known in BY_PEER.items() if method in known)]
         work = [("mergesolve", method, True), *((tool, method, False) for tool in tools)]
-        written, *others = measure(made, work, few)
+        written, *others = measure(made, work, few, repeats)
         found = dict(zip(tools, others, strict=True))
         rows.append(row(made, method, "mergesolve", few, found["mergesolve"], SHARES[method], found["mergekit"]))
         rows.append(row(made, f"{method}, into a file", "mergesolve", few, written))
@@ -122,7 +125,7 @@ def run(made: Towers, counts: tuple[int, int] = (8, 72), methods: tuple[str, ...
     except OSError as error:
         return [*rows, row(made, "a larger pool", "mergesolve", many, str(error))]
     for method in methods:
-        (found,) = measure(made, [("mergesolve", method, False)], many)
+        (found,) = measure(made, [("mergesolve", method, False)], many, repeats)
         rows.append(row(made, method, "mergesolve", many, found))
     say("")
     return rows
