@@ -48,7 +48,7 @@ def obstacle(made: Towers, tool: str, method: str) -> str | None:
 def measure(made: Towers, work: Sequence[tuple[str, str, bool]], count: int, repeats: int) -> list[Found]:
     """What one_merge.py says of each (tool, method, write to a file): the run with the median CPU time.
 
-    They take turns, so that a disturbance of the machine meets all of them, `repeats` times or until 10 s have been spent.
+    They take turns, so that a disturbance of the machine meets all, `repeats` times or until 10 s have been spent.
     """
     reasons = [obstacle(made, tool, method) for tool, method, _ in work]
     runs: list[list[dict[str, float]]] = [[] for _ in work]
