@@ -400,9 +400,8 @@ def knots(base, taus, names, inner="ties", density=0.2, weights=None, scale=1.0)
         if base[name].ndim != 2:
             merged[name] = base[name] + scale * np.tensordot(w, rows, 1) / len(rows)
             continue
-        u, s, vh = svd(np.concatenate(list(rows), axis=1))
-        width = rows.shape[2]
-        turned = np.stack([s[:, None] * vh[:, i * width : (i + 1) * width] for i in range(len(rows))])
+        u, _, _ = svd(np.concatenate(list(rows), axis=1))
+        turned = np.stack([u.T @ row for row in rows])  # S V_iᵀ, without rounding where U is ±1
         if inner == "linear":
             found = np.tensordot(w, turned, 1)
         else:
