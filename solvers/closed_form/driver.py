@@ -166,7 +166,7 @@ def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Cal
         return combined
 
     rule = merge.prepare(pool, statistics)
-    limit = operator.gram_limit(workers.limit, pool.n)
+    limit = min(workers.limit, operator.gram_limit(operator.PIECE, pool.n))  # small already where experts are compared
 
     def merged(names: Sequence[str]) -> Weights:
         weights = {name: torch.empty(pool.tensors[name]) for name in names}

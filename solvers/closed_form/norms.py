@@ -102,7 +102,7 @@ def grams(pool: Pool, *, raw: bool = False) -> dict[str, Matrix]:
 def _sums(pool: Pool, of: Callable[[Part], torch.Tensor], shape: tuple[int, ...]) -> dict[str, Matrix]:
     """Return the sum of `of` over the pieces of each tensor, taken in order, so that threads make no difference."""
     source, workers = pool.stream()
-    limit = operator.gram_limit(workers.limit, pool.n)
+    limit = min(workers.limit, operator.gram_limit(operator.PIECE, pool.n))
     found = {name: np.zeros(shape) for name in pool.tensors}
     items = [
         (name, start, min(start + limit, prod(size)))

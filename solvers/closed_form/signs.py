@@ -84,7 +84,7 @@ def majority(pool: Pool, weights: torch.Tensor) -> float:
     """
     source, workers = pool.stream()
     sizes = {name: prod(shape) for name, shape in pool.tensors.items()}
-    limit = operator.gram_limit(workers.limit, pool.n)
+    limit = min(workers.limit, operator.gram_limit(operator.PIECE, pool.n))
     items = [(name, a, min(a + limit, size)) for name, size in sizes.items() for a in range(0, size, limit)]
     found = 0.0
 
