@@ -69,6 +69,8 @@ def command(
         choose("dtype", recipe.dtype, DTYPES)
     if recipe.out is None and not (dry_run or recipe.scan):
         raise UsageProblem("nothing says where the merged model goes: give --out PATH (or --dry-run).")
+    if flags["masks"] is not None:
+        _check_masks(flags["masks"], recipe.out)
     merging = Merging.of(recipe)
     if dry_run:
         _show_plan(merging, as_json)
@@ -160,8 +162,20 @@ def _method(chosen: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
     }
     if values:
         fields["weights"] = {**(fields.get("weights") or {}), **values}
-    fields.update({k: from_yaml(v) for k, v in parse_assignments(flags.get("settings") or (), "--set").items()})
+    settings = parse_assignments(flags.get("settings") or (), "--set")
+    if "name" in settings:
+        raise UsageProblem(f"--set name={settings['name']}: 'name' is no option; the method is the argument METHOD.")
+    fields.update({k: from_yaml(v) for k, v in settings.items()})
     return fields
+
+
+def _check_masks(masks: str, out: str | None) -> None:
+    """Refuse a place for the masks that is not a file of their own."""
+    path = Path(masks).expanduser()
+    if path.suffix.lower() != ".safetensors":
+        raise UsageProblem(f"--masks '{masks}': expected the name of a .safetensors file.")
+    if out is not None and path.resolve() == Path(out).expanduser().resolve():
+        raise UsageProblem(f"--masks '{masks}': --out names the same file; give each its own.")
 
 
 def _grid(texts: tuple[str, ...], method: str) -> dict[str, list[Any]]:

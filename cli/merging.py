@@ -48,7 +48,7 @@ class MergeRecipe:
     pool: PoolPart = field(default_factory=PoolPart)
     overrides: tuple[Override, ...] = ()
     statistics: str | dict[str, str] | None = None
-    scan: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    scan: dict[str, tuple[int | float, ...]] = field(default_factory=dict)
     model: ModelPart = field(default_factory=ModelPart)
     tasks: tuple[TaskPart, ...] = ()
     split: str = "validation"

@@ -52,6 +52,12 @@ class Models:
         self.fingerprints: dict[str, str] = {}  # of the experts, as they are asked for
         self._merged: dict[str, Shape] | None = None
 
+    @cached_property
+    def files(self) -> frozenset[Path]:
+        """The files that hold tensors of these models."""
+        models: list[Checkpoint] = [self.base, *self.experts.values()]
+        return frozenset(Path(place) for place in {model.location(name) for model in models for name in model.tensors})
+
     def restricted(self, names: Collection[str], workers: Workers) -> Models:
         """Return the same models, of which only some of the merged tensors are merged."""
         merged = {name: shape for name, shape in self.merged(workers).items() if name in names}
@@ -547,7 +553,7 @@ class Pool:
         Element types are `dtype`, else the pool's, else the base's per tensor. A folder is sharded above
         `max_shard_size` bytes and gets the base folder's configuration and tokenizer files. The header's metadata says
         where the weights came from. Raises OSError if the place cannot be written, PoolError for coefficients that are
-        not finite and values that overflow the element type; then nothing is left behind.
+        not finite, values that overflow the element type, and a path of the pool's own; then nothing is left behind.
         """
         self._check_blocks(blocks)
         matrix = self._matrix(coefficients, blocks, "coefficients")
@@ -578,7 +584,8 @@ class Pool:
         """Write a model to a .safetensors file or a folder, as `materialize` does, from any merged tensors.
 
         `merged(names)` returns the float32 values of some merged tensors; it is asked for groups of at most 64 MB (or
-        one tensor), each tensor once, in order. Raises PoolError, too, for values that are not finite.
+        one tensor), each tensor once, those of wide elements first. Raises PoolError, too, for values that are not
+        finite.
         """
         chosen = parse_dtype(dtype, "pool: dtype") or self.dtype
         base = self._models.base
@@ -588,7 +595,8 @@ class Pool:
             stored[name]: TensorInfo(chosen if chosen is not None and info.is_float else info.dtype, info.shape)
             for name, info in base.tensors.items()
         }
-        order = list(self.tensors)
+        # In the order in which a file is written, or what is merged together with a tensor would wait for its turn.
+        order = sorted(self.tensors, key=lambda name: -infos[stored[name]].dtype.itemsize)
         ready: Weights = {}
 
         def read(stored_name: str) -> Iterator[torch.Tensor]:
@@ -620,7 +628,12 @@ class Pool:
             "transforms": json.dumps(list(self._lineage)),
             **(metadata or {}),
         }
-        return write_checkpoint(Path(path), infos, read, summary, max_shard_size, self._models.folder)
+        return write_checkpoint(Path(path), infos, read, summary, max_shard_size, self._models.folder, self.files)
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files of base and experts, which nothing that is made of them may replace."""
+        return self._models.files
 
     def _group(self, order: Sequence[str], first: str) -> list[str]:
         """Return tensors from `first` on, as many as are merged at once."""

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,13 +54,16 @@ def write_checkpoint(
     metadata: Mapping[str, str],
     max_shard_size: float,
     companions: Path | None,
+    inputs: Collection[Path] = (),
 ) -> list[Path]:
     """Write one file if `path` ends in .safetensors, else a folder, in shards of at most `max_shard_size` bytes.
 
     Configuration and tokenizer files of the folder `companions` are copied along. A model that the folder holds is
     replaced: the folder is read as the one or the other at any moment. Returns the files with weights (and the index).
-    Raises OSError if the place cannot be written or has no room.
+    Raises PoolError if that would replace one of the files `inputs`, OSError if the place cannot be written or has no
+    room.
     """
+    _keep(inputs, path)
     total = sum(info.nbytes for info in tensors.values())
     if path.suffix.lower() == ".safetensors":
         if path.is_dir():
@@ -116,6 +119,16 @@ def _shard_names(folder: Path, count: int) -> list[str]:
         if not any((folder / name).exists() for name in names):
             break
     return names
+
+
+def _keep(inputs: Collection[Path], path: Path) -> None:
+    """Raise PoolError if a model at this path would replace a file that it is made from."""
+    targets = [path] if path.suffix.lower() == ".safetensors" else [path / name for name in _earlier_model(path)]
+    replaced = {target.resolve() for target in targets} & {file.resolve() for file in inputs}
+    if replaced:
+        raise PoolError(
+            f"pool: {min(replaced)} is one of the models that are merged, and would be replaced; choose another path."
+        )
 
 
 def _earlier_model(folder: Path) -> list[str]:

@@ -91,4 +91,4 @@ def write_masks(pool: Pool, path: str | Path, *, tall: float = 0.4, multitask: f
         "experts": json.dumps(list(pool.names)),
         "shapes": json.dumps({name: list(shape) for name, shape in pool.tensors.items()}),
     }
-    return write_checkpoint(Path(path), infos, read, metadata, math.inf, None)
+    return write_checkpoint(Path(path), infos, read, metadata, math.inf, None, pool.files)

@@ -208,7 +208,10 @@ def check_weights(owner: object, weights: object) -> None:
     fine = weights is None or (
         isinstance(weights, Mapping)
         and all(
-            isinstance(name, str) and isinstance(value, (int, float)) and math.isfinite(value)
+            isinstance(name, str)
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and abs(value) < math.inf
             for name, value in weights.items()
         )
     )

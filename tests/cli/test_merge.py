@@ -220,10 +220,39 @@ def test_a_scan_of_two_options_is_their_product_with_a_curve_each(tiny, run):
     assert all(f"density {value:g}" in text for value in (0.1, 0.5, 1.0))
 
 
+def test_a_scan_of_integers_stays_one(tiny, run):
+    flags = ["--scan", "seed=0,1", "--scan", "density=0.5,1", "--out", "m.safetensors", "--json"]
+    result = run("merge", "dare", *scan_flags(tiny), *flags)
+    assert result.exit_code == 0, result.output
+    trials = json.loads(result.stdout)["scan"]["trials"]
+    assert [tuple(trial["options"].values()) for trial in trials] == [(0, 0.5), (0, 1), (1, 0.5), (1, 1)]
+    assert all(isinstance(trial["options"]["seed"], int) for trial in trials)
+
+
 # mistakes
 
 
+@pytest.mark.parametrize("flag", ["--out", "--masks"])
+@pytest.mark.parametrize("victim", ["base", "red"])
+def test_no_model_that_is_read_is_replaced(flag, victim, tiny, run):
+    shutil.copytree(tiny / "experts", "experts")
+    shutil.copy(tiny / "base.safetensors", "experts/base.safetensors")
+    place = Path(f"experts/{victim}.safetensors")
+    before = place.read_bytes()
+    Path("link").symlink_to("experts")
+    experts = [word for name in NAMES for word in ("--expert", f"experts/{name}.safetensors")]
+    out = [] if flag == "--out" else ["--out", "m.safetensors"]
+    flags = ["--base", "experts/base.safetensors", *experts, flag, f"link/{place.name}", *out]
+    refused(run("merge", "consensus", *flags), place.name, "would be replaced")
+    assert place.read_bytes() == before
+    assert not Path("m.safetensors").exists()
+
+
 MISTAKES = {
+    "method as an option": (["average", "--set", "name=ties"], ["name=ties", "METHOD"]),
+    "weight that is a truth": (["average", "--weight", "red=true"], ["weights", "True"]),
+    "masks in a folder": (["consensus", "--masks", "masks"], ["--masks", ".safetensors"]),
+    "masks where the model goes": (["consensus", "--masks", "./m.safetensors"], ["--masks", "--out", "same file"]),
     "negative density": (["ties", "--density", "-0.1"], ["density", "(0, 1]", "-0.1"]),
     "density above one": (["dare", "--density", "1.5"], ["density", "(0, 1]", "1.5"]),
     "unknown method": (["tise"], ["tise", "ties"]),

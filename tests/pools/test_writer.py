@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mergesolve.pools import Pool, PoolError
+from mergesolve.pools import pool as pool_module
 from mergesolve.pools import writer as writer_module
 from mergesolve.pools.operator import PIECE
 from safetensors import safe_open
@@ -367,3 +368,39 @@ class TestFailures:
     def test_shard_sizes_that_make_no_sense(self, pool, blocks, coefficients, tmp_path, size):
         with pytest.raises(PoolError, match="max_shard_size must be a positive number"):
             pool.materialize(coefficients, blocks, tmp_path / "m", max_shard_size=size)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_folder_that_is_read_is_not_replaced(file, tmp_path):
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((4,), float(name == "expert"))}, tmp_path / name / file)
+        if "-of-" in file:
+            index = {"metadata": {}, "weight_map": {"w": file}}
+            (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
+    pool = Pool.open(base=tmp_path / "base", experts={"e": tmp_path / "expert"})
+    blocks = pool.blocks("model")
+    for name in ("base", "expert"):
+        before = {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(PoolError, match="would be replaced"):
+            pool.materialize(np.ones((1, 1)), blocks, tmp_path / name)
+        assert {path: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+    pool.materialize(np.ones((1, 1)), blocks, tmp_path)  # beside them is fine
+
+
+def test_tensors_are_merged_in_the_order_in_which_they_are_written(tmp_path, monkeypatch):
+    """Wide elements come first in a file: narrow ones that were merged along with them would all wait in memory."""
+    monkeypatch.setattr(pool_module, "GROUP", 100)
+    kinds = {f"layers.{i}.{name}": kind for i in range(6) for name, kind in (("norm", "float32"), ("proj", "bfloat16"))}
+    base = {name: torch.zeros(40, dtype=getattr(torch, kind)) for name, kind in kinds.items()}
+    pool = Pool.from_state_dicts(base, {"e": {name: tensor + 1 for name, tensor in base.items()}})
+    asked: list[list[str]] = []
+
+    def merged(names):
+        asked.append(list(names))
+        return {name: torch.ones(40) for name in names}
+
+    pool.write(merged, tmp_path / "m.safetensors")
+    assert sorted(name for names in asked for name in names) == sorted(kinds)
+    assert all(len({kinds[name] for name in names}) == 1 for names in asked)
+    assert [kinds[names[0]] for names in asked] == ["float32"] * 3 + ["bfloat16"] * 3
