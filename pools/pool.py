@@ -124,7 +124,7 @@ class Pool:
         device: str | torch.device,
         source: Callable[[Workers], TaskVectors] | None = None,
         lineage: tuple[str, ...] = (),
-        limit: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise PoolError(
@@ -137,7 +137,7 @@ class Pool:
         self._models = models
         self._given_source = source
         self._lineage = lineage
-        self._workers = Workers(operator.PIECE if limit is None else limit)
+        self._workers = Workers(operator.PIECE) if workers is None else workers
         self._fingerprint: str | None = None
         elements = sum(prod(shape) for shape in models.candidates.values())
         needed = resident_nbytes(self.n, models.candidates)
@@ -306,7 +306,7 @@ class Pool:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the checkpoints so far."""
+        """Bytes read from the checkpoints so far, by this pool, its subsets and transforms."""
         return self._workers.bytes_read
 
     @property
@@ -473,6 +473,7 @@ class Pool:
             device=self.device,
             source=lambda _: Narrowed(self.stream()[0], shapes),
             lineage=self._lineage,
+            workers=self._workers,
         )
 
     def transform(self, fn: Transform | TransformFunction, label: str | None = None) -> Pool:
@@ -516,7 +517,7 @@ class Pool:
             device=self.device,
             source=source,
             lineage=lineage,
-            limit=min(limit, operator.gram_limit(limit, self.n)) if joint else limit,
+            workers=self._workers.of(min(limit, operator.gram_limit(limit, self.n))) if joint else self._workers,
         )
 
     # Weights

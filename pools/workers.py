@@ -26,9 +26,11 @@ MAX_THREADS = 8  # memory bandwidth, not arithmetic, is the limit
 class Workers:
     """Runs items on threads, each with its own scratch buffers, which are kept for the next call."""
 
-    def __init__(self, limit: int, threads: int | None = None) -> None:
+    def __init__(self, limit: int, threads: int | None = None, family: dict[int, Workers] | None = None) -> None:
         self.limit = limit
         self._threads = threads
+        self._family = {} if family is None else family
+        self._family[limit] = self
         self._scratch: list[Scratch] = []
         self._lock = RLock()
 
@@ -44,8 +46,12 @@ class Workers:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read in all calls so far."""
-        return sum(scratch.bytes_read for scratch in self._scratch)
+        """Bytes read in all calls so far, with pieces of any length."""
+        return sum(scratch.bytes_read for workers in self._family.values() for scratch in workers._scratch)
+
+    def of(self, limit: int) -> Workers:
+        """Return workers for pieces of another length, whose reading is counted together with this."""
+        return self._family.get(limit) or Workers(limit, self._threads, self._family)
 
     def scratch(self, index: int = 0) -> Scratch:
         """Return one worker's buffers."""

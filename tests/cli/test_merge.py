@@ -113,12 +113,14 @@ def test_dry_run_reads_headers_only_and_writes_nothing(tiny, run, monkeypatch, t
 
 
 def test_dry_run_bounds_what_the_merge_reads(tiny, run):
+    model = sum(tensor.nbytes for tensor in load_file(tiny / "base.safetensors").values())
     for method in ("average", "ties", "breadcrumbs", "dare"):
         flags = [*pool_flags(tiny), "--out", "m.safetensors", "--json"]
-        bound = json.loads(run("merge", method, *flags, "--dry-run").stdout)["bytes_read"]
+        plan = json.loads(run("merge", method, *flags, "--dry-run").stdout)
+        found = json.loads(run("merge", method, *flags).stdout)["bytes_read"]
+        assert found >= plan["passes"] * 3 * model
         # Identical tensors are looked for, and the fingerprint samples: both read less than all models once.
-        size = 4 * sum(tensor.nbytes for tensor in load_file(tiny / "base.safetensors").values())
-        assert json.loads(run("merge", method, *flags).stdout)["bytes_read"] <= bound + 2 * size
+        assert found <= plan["bytes_read"] + 2 * 4 * model
 
 
 def test_transforms_of_the_pool_come_before_the_method(tiny, run):
@@ -249,6 +251,11 @@ def test_no_model_that_is_read_is_replaced(flag, victim, tiny, run):
 
 
 MISTAKES = {
+    "option that is no YAML": (["ties", "--set", "trim=["], ["trim=[", "YAML"]),
+    "weight that is no YAML": (["ties", "--weight", "red=["], ["red=[", "YAML"]),
+    "scan that is no YAML": (["ties", "--scan", "0.3,["], ["0.3,[", "YAML"]),
+    "scale beyond float32": (["ties", "--scale", "1e39"], ["scale", "3.4e+38", "1e+39"]),
+    "scale beyond float64": (["task-arithmetic", "--set", f"scale=1{400 * '0'}"], ["scale", "3.4e+38"]),
     "method as an option": (["average", "--set", "name=ties"], ["name=ties", "METHOD"]),
     "weight that is a truth": (["average", "--weight", "red=true"], ["weights", "True"]),
     "masks in a folder": (["consensus", "--masks", "masks"], ["--masks", ".safetensors"]),
