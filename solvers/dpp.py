@@ -28,10 +28,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import solve_triangular
-from scipy.linalg.lapack import dpstrf
-from scipy.optimize import brentq
-from scipy.special import expit, logit
 
 from .errors import OptionError
 
@@ -149,6 +145,9 @@ class Kernel:
 
     def scaled_to(self, expected_size: float) -> Kernel:
         """Return the kernel aL, its quality times √a, with Σ aλ/(1+aλ) = ``expected_size`` in (0, rank)."""
+        from scipy.optimize import brentq
+        from scipy.special import expit, logit
+
         eigenvalues = _spectrum(_condition(self.matrix)).eigenvalues
         logs = np.log(eigenvalues[eigenvalues > 0])
         rank = len(logs)
@@ -450,6 +449,8 @@ class _Conditioned:
     @property
     def rank(self) -> int:
         """Number of free experts that can be added, by a Cholesky factorization with pivoting of the scaled kernel."""
+        from scipy.linalg.lapack import dpstrf
+
         present = np.flatnonzero(self.scale > 0)
         if not len(present):
             return 0
@@ -560,6 +561,8 @@ def _order(matrix: Array, forced: Indices | None = None, scale: Array | None = N
 
 def _exchange_ratios(matrix: Array, items: Indices, others: Indices) -> Array:
     """Return det L_{Y−i+j} / det L_Y for each i in ``items`` and j in ``others``."""
+    from scipy.linalg import solve_triangular
+
     diagonal = np.diag(matrix)
     scale = 1 / np.sqrt(diagonal[items])
     lower = np.linalg.cholesky(matrix[np.ix_(items, items)] * scale[:, None] * scale)

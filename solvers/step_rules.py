@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from .construct import construct, describe
 from .errors import check_number
@@ -69,6 +68,8 @@ class LineSearch(StepRule):
 
     def __call__(self, search: Search, memory: Memory) -> float:
         """Try the end of the segment, then the minimum of a quadratic, then Brent; keep the lowest value seen."""
+        from scipy.optimize import minimize_scalar  # half of what `mergesolve list` would take
+
         trials = {0.0: search.value}
 
         def value(step: float) -> float:
