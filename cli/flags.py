@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,7 +106,7 @@ def named_options(text: str, option: str) -> dict[str, Any]:
     """A name with options, `NAME[:KEY=VALUE,...]`, as a recipe has it; values are YAML."""
     name, _, rest = text.partition(":")
     fields: dict[str, Any] = {"name": name}
-    for pair in rest.split(",") if rest else ():
+    for pair in re.split(r",(?![^\[]*\])", rest) if rest else ():  # commas within [ ] belong to a list
         key, separator, value = pair.partition("=")
         if not separator or not key or not value:
             raise UsageProblem(f"{option} '{text}': expected NAME, or NAME:KEY=VALUE,KEY=VALUE.")

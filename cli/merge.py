@@ -148,7 +148,7 @@ def _method(chosen: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The method with the options that flags give."""
     from ..solvers.closed_form.registry import merge_class
     from ..solvers.closed_form.scan import scale_option
-    from .recipe import Choice, from_yaml, parse_assignments
+    from .recipe import Choice, parse_assignments
 
     choice = Choice.read(chosen, "recipe: 'method'")
     fields = choice.plain()
@@ -157,16 +157,29 @@ def _method(chosen: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("density", "seed"):
         if flags.get(name) is not None:
             fields[name] = flags[name]
-    values = {
-        name: from_yaml(text) for name, text in parse_assignments(flags.get("expert_weights") or (), "--weight").items()
-    }
+    given = parse_assignments(flags.get("expert_weights") or (), "--weight")
+    values = {name: _value(text, f"--weight '{name}={text}'") for name, text in given.items()}
     if values:
+        if not isinstance(fields.get("weights"), (Mapping, type(None))):
+            raise UsageProblem(f"recipe: the 'weights' of the method must be a mapping; found {fields['weights']!r}.")
         fields["weights"] = {**(fields.get("weights") or {}), **values}
     settings = parse_assignments(flags.get("settings") or (), "--set")
     if "name" in settings:
         raise UsageProblem(f"--set name={settings['name']}: 'name' is no option; the method is the argument METHOD.")
-    fields.update({k: from_yaml(v) for k, v in settings.items()})
+    fields.update({name: _value(text, f"--set '{name}={text}'") for name, text in settings.items()})
     return fields
+
+
+def _value(text: str, where: str) -> Any:
+    """The value of an option's text."""
+    import yaml
+
+    from .recipe import from_yaml
+
+    try:
+        return from_yaml(text)
+    except yaml.YAMLError:
+        raise UsageProblem(f"{where}: the value is not YAML.") from None
 
 
 def _check_masks(masks: str, out: str | None) -> None:
@@ -182,7 +195,6 @@ def _grid(texts: tuple[str, ...], method: str) -> dict[str, list[Any]]:
     """The grid of a scan: option -> values."""
     from ..solvers.closed_form.registry import merge_class
     from ..solvers.closed_form.scan import DEFAULT_GRID, scale_option
-    from .recipe import from_yaml
 
     grid: dict[str, list[Any]] = {}
     for text in texts:
@@ -194,7 +206,9 @@ def _grid(texts: tuple[str, ...], method: str) -> dict[str, list[Any]]:
             name, rest = found, text
         if name in grid:
             raise UsageProblem(f"--scan '{text}': '{name}' is scanned twice.")
-        values = list(DEFAULT_GRID) if rest == "auto" else [from_yaml(value) for value in rest.split(",")]
+        values = (
+            list(DEFAULT_GRID) if rest == "auto" else [_value(value, f"--scan '{text}'") for value in rest.split(",")]
+        )
         if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             raise UsageProblem(f"--scan '{text}': expected numbers separated by commas, or 'auto'.")
         grid[name] = values

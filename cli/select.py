@@ -42,7 +42,7 @@ def command(
 
     \b
     Examples:
-      mergesolve select --zoo --task digits --task chess --k 6 --out chosen.yaml
+      mergesolve select dpp:over=best --zoo --task digits --task chess --k 2 --out chosen.yaml
       mergesolve select dpp:quality=norm,similarity=task-vectors --k 8 --pool pool.yaml --figures figures
       mergesolve select top-k --zoo --task digits --k 4 --relevance
       mergesolve merge ties --zoo --pool chosen.yaml --out ties.safetensors
@@ -53,6 +53,10 @@ def command(
     from .selecting import bounds, check_selector, evidence, record
     from .setup import Setup
 
+    if flags.get("select"):
+        raise UsageProblem(f"--select is for other commands; here the selector is the argument: {flags['select']}.")
+    if out is not None and Path(out).suffix.lower() not in (".yaml", ".yml"):
+        raise UsageProblem(f"--out '{out}': expected the name of a .yaml file, which --pool reads.")
     choice_fields = named_options(selector, "SELECTOR")
     if k is not None:
         choice_fields["k"] = k
@@ -152,6 +156,7 @@ def _write_pool(setup: Any, names: tuple[str, ...], path: Path) -> None:
             part["base"] = str(Path(part["base"]).expanduser().absolute())
     for name in ("backend", "device", "select"):
         part.pop(name, None)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(yaml.safe_dump(part, sort_keys=False, allow_unicode=True), encoding="utf-8")
     temporary.replace(path)

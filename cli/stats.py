@@ -94,6 +94,10 @@ def command(
     recipe: Recipe = recipe_from(flags, recipe_file)
     if getattr(recipe.pool, "transforms", ()):
         raise UsageProblem("statistics are those of the experts as they are. Leave out the transforms of the pool.")
+    if recipe.pool.select is not None:
+        raise UsageProblem(
+            "--select: statistics are computed for every expert that is named; name those with --expert."
+        )
     options = Options(
         estimator or "exact", microbatch, recipe.limit if recipe.limit is not None else LIMIT, recipe.seed
     )

@@ -264,13 +264,13 @@ def similarity(evidence: Evidence, kind: str) -> Array:
 class DPP(Selector):
     """Good and diverse experts: the subset Y of largest det(L_Y), L = diag(q) S diag(q).
 
-    k: how many, or None for an expected `size` (then the quality is scaled so that a draw has that many on average and
-    the mode is taken); quality, over, similarity: see `quality` and `similarity`; inference: "greedy", "polished"
-    (greedy, then swaps), "exhaustive" (n <= 20), or "sample" from the k-DPP with `seed`; shortlist: only the experts
-    of the best linear oracle scores; include, exclude: names that must or must not be chosen.
+    k: how many, 8 unless an expected `size` is given instead (then the quality is scaled so that a draw has that many
+    on average and the mode is taken); quality, over, similarity: see `quality` and `similarity`; inference: "greedy",
+    "polished" (greedy, then swaps), "exhaustive" (n <= 20), or "sample" from the k-DPP with `seed`; shortlist: only the
+    experts of the best linear oracle scores; include, exclude: names that must or must not be chosen.
     """
 
-    k: int | None = 8
+    k: int | None = None
     quality: str = "accuracy"
     over: str = "mean"
     similarity: str = "features"
@@ -283,8 +283,16 @@ class DPP(Selector):
     source: ClassVar[str] = "Kulesza and Taskar (2012), Determinantal Point Processes for Machine Learning"
 
     def __post_init__(self) -> None:
-        if (self.k is None) == (self.size is None):
-            raise OptionError(f"DPP needs either 'k' or an expected 'size'. Got k={self.k!r}, size={self.size!r}.")
+        if self.k is None and self.size is None:
+            object.__setattr__(self, "k", 8)
+        if self.k is not None and self.size is not None:
+            raise OptionError(f"DPP takes either 'k' or an expected 'size'. Got k={self.k!r}, size={self.size!r}.")
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            names = (given,) if isinstance(given, str) else given
+            if not isinstance(names, (list, tuple)) or not all(isinstance(expert, str) for expert in names):
+                raise OptionError(f"The '{name}' parameter of DPP must be a list of names of experts. Got {given!r}.")
+            object.__setattr__(self, name, tuple(names))
         if self.k is not None:
             check_number(self, "k", 1, math.inf, integer=True)
         if self.size is not None:

@@ -8,6 +8,7 @@ it holds: it does not grow with the number of experts. On an accelerator, pieces
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ...pools.pool import GROUP
 from ...pools.sources import Scratch, Stored
 from ...pools.workers import MAX_THREADS, Workers
 from ..errors import OptionError
-from .merge import Linear, Matrix, Merge, Part
+from .merge import Linear, Matrix, Merge, Part, options
 from .registry import describe_merge
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def _assigned(pool: Pool, merge: Merge, overrides: Overrides) -> list[tuple[Merg
 
 
 def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Callable[[int], None]) -> Merged:
+    _check_range(merge)
     merge.check(pool)
     if merge.statistics is not None and statistics is None:
         raise OptionError(
@@ -193,6 +195,17 @@ def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Cal
         return weights
 
     return merged
+
+
+def _check_range(merge: Merge) -> None:
+    """Raise OptionError for a factor that float32, in which models are merged, does not hold."""
+    largest = torch.finfo(torch.float32).max
+    for name, value in options(merge).items():
+        if name != "seed" and isinstance(value, (int, float)) and largest < abs(value) < math.inf:
+            raise OptionError(
+                f"The '{name}' parameter of {type(merge).__name__} must be at most {largest:.3g}, the largest number "
+                f"that a model holds. Got {value!r} instead."
+            )
 
 
 def _convex(matrix: Matrix, blocks: Blocks) -> bool:

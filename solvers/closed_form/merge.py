@@ -9,7 +9,7 @@ once, in `prepare` or by the transforms, in streaming passes.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,7 +211,7 @@ def check_weights(owner: object, weights: object) -> None:
             isinstance(name, str)
             and isinstance(value, (int, float))
             and not isinstance(value, bool)
-            and abs(value) < math.inf
+            and abs(value) <= sys.float_info.max
             for name, value in weights.items()
         )
     )

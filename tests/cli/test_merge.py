@@ -255,7 +255,7 @@ MISTAKES = {
     "weight that is no YAML": (["ties", "--weight", "red=["], ["red=[", "YAML"]),
     "scan that is no YAML": (["ties", "--scan", "0.3,["], ["0.3,[", "YAML"]),
     "scale beyond float32": (["ties", "--scale", "1e39"], ["scale", "3.4e+38", "1e+39"]),
-    "scale beyond float64": (["task-arithmetic", "--set", f"scale=1{400 * '0'}"], ["scale", "3.4e+38"]),
+    "weight beyond float64": (["average", "--weight", f"red=1{400 * '0'}"], ["weights"]),
     "method as an option": (["average", "--set", "name=ties"], ["name=ties", "METHOD"]),
     "weight that is a truth": (["average", "--weight", "red=true"], ["weights", "True"]),
     "masks in a folder": (["consensus", "--masks", "masks"], ["--masks", ".safetensors"]),
@@ -289,6 +289,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(case, tiny, run, tmp_path)
     Path("none.yaml").write_text(yaml.safe_dump(recipe))
     refused(run("merge", *arguments, *pool_flags(tiny), "--out", "m.safetensors"), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["none.yaml"]
+
+
+def test_a_weight_over_weights_that_are_no_mapping(tiny, run):
+    Path("list.yaml").write_text("method: {name: average, weights: [1, 2]}")
+    refused(run("merge", "--recipe", "list.yaml", *pool_flags(tiny), "--weight", "red=2", "--dry-run"), "weights")
 
 
 def test_an_analogy_of_two_names_the_count(tiny, run, tmp_path):

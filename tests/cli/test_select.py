@@ -117,3 +117,27 @@ def test_the_bound_is_that_of_its_terms(tiny, run):
 def test_a_mistake_is_one_line_and_nothing_is_written(arguments, words, tiny, run, tmp_path):
     refused(run("select", *arguments, *pool_flags(tiny), "--out", "chosen.yaml", "--figures", "figures"), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expected_size_instead_of_k_and_lists_of_names(tiny, run):
+    report = json.loads(run("select", f"{DATA_FREE},size=1.5", *pool_flags(tiny), "--json").stdout)
+    assert report["selector"]["k"] is None
+    assert report["details"]["expected_size"] == pytest.approx(1.5)
+    names = f"{DATA_FREE},include=[{NAMES[2]},{NAMES[0]}],k=2"
+    report = json.loads(run("select", names, *pool_flags(tiny), "--json").stdout)
+    assert {entry["expert"] for entry in report["selected"]} == {NAMES[0], NAMES[2]}
+    report = json.loads(run("select", f"{DATA_FREE},include={NAMES[1]},k=1", *pool_flags(tiny), "--json").stdout)
+    assert [entry["expert"] for entry in report["selected"]] == [NAMES[1]]
+
+
+def test_the_pool_file_gets_its_folder_and_is_no_model(tiny, run):
+    assert run("select", "random:k=1", *pool_flags(tiny), "--out", "new/chosen.yaml").exit_code == 0
+    assert Pool.open("new/chosen.yaml").n == 1
+    refused(run("select", "random:k=1", *pool_flags(tiny), "--out", "m.safetensors"), "m.safetensors", ".yaml")
+
+
+def test_select_is_no_flag_where_it_does_nothing(tiny, run):
+    refused(run("select", "random:k=2", "--select", "random:k=1", *pool_flags(tiny)), "--select", "argument")
+    stats = ["stats", "--kind", "fisher", "--select", "random:k=1", "--recipe", tiny / "recipe.yaml", "--out", "s"]
+    refused(run(*stats), "--select", "--expert")
+    assert not Path("s").exists()
