@@ -64,6 +64,9 @@ def write_checkpoint(
     room.
     """
     _keep(inputs, path)
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise PoolError(f"pool: the metadata of a checkpoint must be text; {key!r} is {value!r}. Use json.dumps.")
     total = sum(info.nbytes for info in tensors.values())
     if path.suffix.lower() == ".safetensors":
         if path.is_dir():

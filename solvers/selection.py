@@ -299,6 +299,7 @@ class DPP(Selector):
             check_number(self, "size", 0, math.inf, closed="neither")
         if self.shortlist is not None:
             check_number(self, "shortlist", 1, math.inf, integer=True)
+        check_number(self, "seed", 0, math.inf, integer=True)
         check_choice(self, "quality", QUALITIES)
         check_choice(self, "similarity", SIMILARITIES)
         check_choice(self, "over", ("mean", "best"))
@@ -401,7 +402,8 @@ class GreedySoup(Selector):
                 break
             found = evidence.merged_accuracy([*chosen, i])
             if found >= best:
-                reasons.append(f"the average rises from {100 * best:.1f} to {100 * found:.1f}")
+                rise = f"rises from {100 * best:.1f} to" if found > best else "stays at"
+                reasons.append(f"the average {rise} {100 * found:.1f}")
                 chosen, best = [*chosen, i], found
         return self._selection(evidence, chosen, reasons, quality=means, details={"accuracy": best})
 

@@ -142,7 +142,7 @@ def _assigned(pool: Pool, merge: Merge, overrides: Overrides) -> list[tuple[Merg
 
 
 def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Callable[[int], None]) -> Merged:
-    _check_range(merge)
+    _check_merge(merge)
     merge.check(pool)
     if merge.statistics is not None and statistics is None:
         raise OptionError(
@@ -197,8 +197,10 @@ def _merging(pool: Pool, merge: Merge, statistics: Statistics | None, count: Cal
     return merged
 
 
-def _check_range(merge: Merge) -> None:
-    """Raise OptionError for a factor that float32, in which models are merged, does not hold."""
+def _check_merge(merge: Merge) -> None:
+    """Raise OptionError for what is no merge, and for factors beyond float32, in which models are merged."""
+    if not isinstance(merge, Merge):
+        raise OptionError(f"Expected a merge, such as make_merge({merge!r}) returns. Got {merge!r} instead.")
     largest = torch.finfo(torch.float32).max
     for name, value in options(merge).items():
         if name != "seed" and isinstance(value, (int, float)) and largest < abs(value) < math.inf:

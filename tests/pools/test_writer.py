@@ -404,3 +404,9 @@ def test_tensors_are_merged_in_the_order_in_which_they_are_written(tmp_path, mon
     assert sorted(name for names in asked for name in names) == sorted(kinds)
     assert all(len({kinds[name] for name in names}) == 1 for names in asked)
     assert [kinds[names[0]] for names in asked] == ["float32"] * 3 + ["bfloat16"] * 3
+
+
+def test_metadata_that_no_reader_takes_are_refused(pool, blocks, coefficients, tmp_path):
+    with pytest.raises(PoolError, match=r"'run'.*3"):
+        pool.materialize(coefficients, blocks, tmp_path / "m.safetensors", metadata={"run": 3})
+    assert listed(tmp_path) == []

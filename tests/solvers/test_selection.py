@@ -165,6 +165,7 @@ def test_feature_similarity_is_the_mean_cosine(evidence):
         (lambda: TopK(k=9), None, ["'k'", "6"]),
         (lambda: DPP(k=0), None, ["'k'", "[1"]),
         (lambda: DPP(k=2, size=2.0), None, ["'k'", "'size'"]),
+        (lambda: DPP(k=2, seed=-1), None, ["'seed'", "-1"]),
         (lambda: DPP(k=2, include=3), None, ["'include'", "list"]),
         (lambda: DPP(k=2, quality="charm"), None, ["quality", "norm"]),
         (lambda: DPP(k=2, include=("nobody",)), None, ["nobody"]),

@@ -329,3 +329,12 @@ def test_whole_tensors_are_taken_one_expert_at_a_time(method, oracle, count, mon
     monkeypatch.setattr(Part, "stack", None)
     assert merge_weights(pool, merge)
     assert plan(pool, merge).host_memory > 4 * merge.held * 3000
+
+
+@pytest.mark.parametrize("merge", ["ties", {"name": "ties"}, None])
+def test_a_name_is_no_merge(merge):
+    pool = Pool.from_state_dicts({"w": torch.zeros(3)}, {"e": {"w": torch.ones(3)}})
+    with pytest.raises(OptionError, match="make_merge"):
+        merge_weights(pool, merge)
+    with pytest.raises(OptionError, match="make_merge"):
+        merge_weights(pool, make_merge("average"), overrides=[("w", merge)])
