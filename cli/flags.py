@@ -38,7 +38,9 @@ pool_flags = _apply(
         click.option("--pool", "pool_file", metavar="FILE", help="YAML with base, experts, include, exclude, rename."),
         click.option("--include", multiple=True, metavar="PATTERN", help="Merge only matching tensors. Repeatable."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching tensors alone. Repeatable."),
-        click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename a prefix of keys. Repeatable."),
+        click.option(
+            "--rename", multiple=True, metavar="OLD=NEW", help="Rename a prefix of keys (OLD= drops it). Repeatable."
+        ),
         click.option(
             "--transform",
             "transforms",
@@ -91,7 +93,7 @@ def pool_fields(flags: Mapping[str, Any], *, zoo: bool) -> dict[str, Any]:
         if flags.get(name):
             fields[name] = list(flags[name])
     if flags.get("rename"):
-        fields["rename"] = parse_assignments(flags["rename"], "--rename")
+        fields["rename"] = parse_assignments(flags["rename"], "--rename", empty=True)
     for name in ("backend", "device"):
         if flags.get(name):
             fields[name] = flags[name]

@@ -332,12 +332,12 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     return fields
 
 
-def parse_assignments(pairs: Iterable[str], option: str) -> dict[str, str]:
-    """`NAME=VALUE` pairs of a repeated option."""
+def parse_assignments(pairs: Iterable[str], option: str, *, empty: bool = False) -> dict[str, str]:
+    """`NAME=VALUE` pairs of a repeated option; with `empty`, the value may be."""
     result: dict[str, str] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        if not separator or not name or not value:
+        if not separator or not name or not (value or empty):
             raise UsageProblem(f"{option} '{pair}': expected NAME=VALUE.")
         if name in result:
             raise UsageProblem(f"{option} '{pair}': '{name}' is given twice.")

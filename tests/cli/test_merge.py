@@ -132,6 +132,16 @@ def test_transforms_of_the_pool_come_before_the_method(tiny, run):
         torch.testing.assert_close(tensor, load_file("ties.safetensors")[name])
 
 
+def test_a_prefix_is_dropped_by_a_rename_to_nothing(tiny, run):
+    weights = load_file(tiny / "experts" / "red.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, "red.safetensors")
+    flags = ["--base", tiny / "base.safetensors", "--expert", "red.safetensors", "--rename", "module.="]
+    result = run("merge", "average", *flags, "--out", "m.safetensors")
+    assert result.exit_code == 0, result.output
+    for name, tensor in load_file("m.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name])
+
+
 def test_a_recipe_says_all_of_it_and_flags_win(tiny, run):
     recipe = {
         "method": {"name": "ties", "density": 0.5, "scale": 1.0},

@@ -198,3 +198,8 @@ def test_validation_data_that_is_missing_for_an_expert_is_named(evidence):
 
     with pytest.raises(OptionError, match="far"):
         DPP(k=2).select(evidence(accuracy=partial, features=features))
+
+
+def test_a_soup_does_not_say_that_an_average_rises_which_stays(evidence):
+    selection = GreedySoup().select(evidence(accuracy=lambda weights: {"t": 0.5}))
+    assert set(selection.reasons[1:]) == {"the average stays at 50.0"}
