@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fisher(Merge):
-    """θ = Σ w_t F_t θ_t / Σ w_t F_t with diagonal Fishers; where all are 0, and of tensors that the files lack, the average.
+    """θ = Σ w_t F_t θ_t / Σ w_t F_t with diagonal Fishers; where all of them are 0, the average.
 
+    Tensors that the files lack (buffers, what `mergesolve stats` was told to leave out) are averaged, too.
     floor: smaller entries of F_t count as this. ridge: added to every entry. normalize: F_t is then divided by its norm
     over all tensors, so that no expert dominates by the scale of its gradients. The authors' code: floor=1e-6,
     normalize=True; FusionBench: ridge=1e-6, normalize=True (by norms plus 1e-6).
