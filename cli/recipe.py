@@ -317,6 +317,11 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         fields["start"] = f"run:{place(folder_of_run)}"
     if isinstance(fields.get("zoo"), str):
         fields["zoo"] = place(fields["zoo"])
+    statistics = fields.get("statistics")
+    if isinstance(statistics, Mapping):
+        fields["statistics"] = {name: place(path) for name, path in statistics.items()}
+    elif isinstance(statistics, str):
+        fields["statistics"] = place(statistics)
     model = fields.get("model")
     if isinstance(model, Mapping) and isinstance(model.get("module"), str) and ":" in model["module"]:
         file, _, function = model["module"].rpartition(":")

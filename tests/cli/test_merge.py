@@ -132,6 +132,14 @@ def test_transforms_of_the_pool_come_before_the_method(tiny, run):
         torch.testing.assert_close(tensor, load_file("ties.safetensors")[name])
 
 
+def test_statistics_of_a_recipe_lie_beside_it(tiny, measured, run):
+    shutil.copytree(measured, "study/statistics")
+    place = Path("study/recipe.yaml")
+    place.write_text(yaml.safe_dump({"method": "fisher", "statistics": "statistics"}))
+    result = run("merge", "--recipe", place, *pool_flags(tiny), "--out", "m.safetensors")
+    assert result.exit_code == 0, result.output
+
+
 def test_a_prefix_is_dropped_by_a_rename_to_nothing(tiny, run):
     weights = load_file(tiny / "experts" / "red.safetensors")
     save_file({f"module.{name}": tensor for name, tensor in weights.items()}, "red.safetensors")
