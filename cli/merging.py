@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import warn
 from .names import UsageProblem
 from .recipe import Choice, ModelPart, PoolPart, Recipe, TaskPart
+from .selecting import record
 from .setup import Setup, check_transform
 from .stats import FOLDER
 
@@ -146,14 +148,25 @@ class Merging:
         return done
 
     def write(self, out: Path, metadata: Mapping[str, str], progress: Any = None) -> list[Path]:
-        """Write the merged model."""
+        """Write the merged model; its metadata say which experts were selected, and by what."""
         from ..solvers.closed_form import write_merge
 
+        statistics = self.statistics()
+        if statistics is not None and statistics.kind == "fisher":
+            without = [name for name in self.pool.tensors if name not in statistics.shapes]
+            if without:
+                warn(
+                    f"{len(without)} of {len(self.pool.tensors)} merged tensors have no Fisher, '{without[0]}' among "
+                    "them: they are averaged."
+                )
+        if self.setup.selection is not None:
+            chosen = record(self.setup.selection, self.setup)
+            metadata = {**metadata, "selection": json.dumps({k: chosen[k] for k in ("selector", "selected", "data")})}
         return write_merge(
             self.pool,
             self.merge,
             out,
-            statistics=self.statistics(),
+            statistics=statistics,
             overrides=self.overrides,
             dtype=self.recipe.dtype,
             max_shard_size=self.recipe.max_shard_size,

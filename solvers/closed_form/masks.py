@@ -71,16 +71,22 @@ def write_masks(pool: Pool, path: str | Path, *, tall: float = 0.4, multitask: f
     """
     source, workers = pool.stream()
     sizes = {name: prod(shape) for name, shape in pool.tensors.items()}
-    owners = {f"{expert}/{name}": (i, name) for i, expert in enumerate(pool.names) for name in sizes}
+    owners = {f"{expert}/{name}": (i, name) for name in sizes for i, expert in enumerate(pool.names)}
     infos = {key: TensorInfo(torch.uint8, (-(-sizes[name] // 8),)) for key, (_, name) in owners.items()}
     limit = max(8, operator.gram_limit(workers.limit, pool.n) // 8 * 8)
+    held: dict[str, torch.Tensor] = {}  # the packed masks of one tensor, so that experts are read once
 
     def read(key: str) -> Iterator[torch.Tensor]:
         expert, name = owners[key]
-        for start in range(0, sizes[name], limit):
-            part = Part(source, workers.scratch(), name, start, min(start + limit, sizes[name]), torch.device("cpu"))
-            mask = tall_masks(part.stack(), tall, multitask)[expert]
-            yield torch.from_numpy(np.packbits(mask.numpy()))
+        if name not in held:
+            held.clear()
+            held[name] = torch.empty(pool.n, -(-sizes[name] // 8), dtype=torch.uint8)
+            for start in range(0, sizes[name], limit):
+                stop = min(start + limit, sizes[name])
+                part = Part(source, workers.scratch(), name, start, stop, torch.device("cpu"))
+                packed = np.packbits(tall_masks(part.stack(), tall, multitask).numpy(), axis=1)
+                held[name][:, start // 8 : start // 8 + packed.shape[1]] = torch.from_numpy(packed)
+        yield held[name][expert]
 
     metadata = {
         "mergesolve": version("mergesolve"),

@@ -370,3 +370,11 @@ def test_an_override_without_tensors_is_a_mistake_of_ours_and_none_of_mergekits(
     run("merge", "task-arithmetic", *pool_flags(tiny), "--scale", "0.2", "--out", "n.safetensors")
     for name, tensor in load_file("m.safetensors").items():
         torch.testing.assert_close(tensor, load_file("n.safetensors")[name])
+
+
+def test_tensors_without_a_fisher_are_told(tiny, run):
+    flags = ["--recipe", tiny / "recipe.yaml", "--exclude", "^2", "--out", "some", "--kind", "fisher"]
+    assert run("stats", *flags).exit_code == 0
+    result = run("merge", "fisher", *pool_flags(tiny), "--statistics", "some", "--out", "m.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "Warning: 2 of 4 merged tensors have no Fisher, '2.bias' among them: they are averaged." in result.stderr

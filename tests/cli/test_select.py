@@ -63,6 +63,9 @@ def test_selection_in_front_of_a_merge_is_the_merge_of_the_selection(tiny, run):
     result = run("merge", "ties", *pool_flags(tiny), "--select", f"{DATA_FREE},k=2", "--out", "b.safetensors")
     assert result.exit_code == 0, result.output
     with safe_open("a.safetensors", "pt") as a, safe_open("b.safetensors", "pt") as b:
+        chosen = json.loads(b.metadata()["selection"])
+        assert chosen["selector"]["name"] == "dpp"
+        assert [entry["expert"] for entry in chosen["selected"]] == json.loads(b.metadata()["experts"])
         assert a.metadata()["experts"] == b.metadata()["experts"]
         for name in a.keys():  # noqa: SIM118 (not a mapping)
             assert a.get_tensor(name).equal(b.get_tensor(name))

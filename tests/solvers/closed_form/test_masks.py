@@ -72,3 +72,11 @@ def test_an_expert_has_to_be_named(pool):
         merge_weights(pool, make_merge("tall-mask"))
     with pytest.raises(OptionError, match="e1"):
         merge_weights(pool, make_merge({"name": "tall-mask", "expert": "e11"}))
+
+
+def test_masks_take_one_pass_over_the_experts(pool, tmp_path):
+    pool.fingerprint  # noqa: B018 (its sample, and the search for equal tensors, are read once)
+    model = 4 * sum(int(np.prod(shape)) for shape in pool.tensors.values())
+    before = pool.bytes_read
+    write_masks(pool, tmp_path / "masks.safetensors")
+    assert pool.bytes_read - before == (pool.n + 1) * model
