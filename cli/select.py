@@ -38,7 +38,7 @@ def command(
     """Choose experts by SELECTOR: dpp (default), top-k, greedy-soup, best-single, random, all.
 
     dpp takes good and diverse experts. Its quality is accuracy, loss, norm (no data) or uniform; its similarity is
-    features, task-vectors (no data) or agreement. See `mergesolve list selectors`.
+    features, task-vectors or layers (no data) or agreement. See `mergesolve list selectors`.
 
     \b
     Examples:

@@ -86,6 +86,21 @@ class Evidence:
         return cosines(self.gram)
 
     @cached_property
+    def layer_cosines(self) -> Array:
+        """Mean over layers of the cosines of the task vectors within the layer [n, n]; one pass.
+
+        Experts that leave a layer as it is are alike there, and unlike all others: so the mean stays positive
+        semidefinite, and 1 for copies.
+        """
+        grams = self.pool.gram(self.pool.blocks("layer"))
+        total = np.zeros((self.n, self.n))
+        for gram in grams:
+            unmoved = np.diagonal(gram) == 0
+            total += cosines(gram)
+            total[np.outer(unmoved, unmoved) & ~np.eye(self.n, dtype=bool)] += 1
+        return total / len(grams)
+
+    @cached_property
     def accuracies(self) -> tuple[Array, Array]:
         """Validation accuracy of the base [T] and of the experts [T, n]."""
         return self._table(self._needed(self._accuracy, "accuracy", "labelled validation data"), "accuracy")
@@ -226,7 +241,7 @@ def check_size(owner: Selector, k: int, n: int) -> None:
 
 
 QUALITIES = ("accuracy", "loss", "norm", "uniform")
-SIMILARITIES = ("features", "task-vectors", "agreement")
+SIMILARITIES = ("features", "task-vectors", "layers", "agreement")
 
 
 def quality(evidence: Evidence, kind: str, over: str) -> Array:
@@ -251,10 +266,15 @@ def quality(evidence: Evidence, kind: str, over: str) -> Array:
 
 
 def similarity(evidence: Evidence, kind: str) -> Array:
-    """Return the similarity of experts [n, n]: of features, of task vectors (no data), or of predictions."""
+    """Return the similarity of experts [n, n]: of features, of task vectors, of predictions.
+
+    "features": mean cosine on the same samples; "task-vectors": cosine over the whole model; "layers": mean over layers
+    of the cosine within each (neither takes data); "agreement": share of samples with the same predicted class.
+    """
     found = {
         "features": lambda: evidence.feature_similarity,
         "task-vectors": lambda: evidence.cosines,
+        "layers": lambda: evidence.layer_cosines,
         "agreement": lambda: evidence.agreement,
     }
     return found[kind]()
@@ -324,10 +344,20 @@ class DPP(Selector):
         if self.size is not None:
             kernel = kernel.scaled_to(self.size)
         ranked = self._infer(kernel, [index[name] for name in self.include], sorted(excluded))
-        reasons = [_why(evidence, worth, alike, i, ranked[:place]) for place, i in enumerate(ranked)]
+        forced = {"include": [index[name] for name in self.include], "exclude": sorted(excluded)}
+        if self.k is None:
+            inclusion = dpp.marginals(kernel.matrix, **forced)
+        else:
+            inclusion = dpp.kdpp_marginals(kernel.matrix, self.k, **forced)
+        reasons = [
+            f"{_why(evidence, worth, alike, i, ranked[:place])}; a draw has it with probability {inclusion[i]:.2f}"
+            for place, i in enumerate(ranked)
+        ]
         details = {
             "log_det": float(dpp.log_det(kernel.matrix, ranked)),
+            "log_likelihood": float(dpp.log_likelihood(kernel.matrix, ranked, self.k, **forced)),
             "expected_size": kernel.expected_size,
+            "inclusion": inclusion.tolist(),
         }
         return self._selection(evidence, ranked, reasons, quality=worth, similarity=alike, details=details)
 

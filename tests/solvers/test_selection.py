@@ -9,7 +9,16 @@ import pytest
 import torch
 from mergesolve.pools import Pool
 from mergesolve.solvers import OptionError
-from mergesolve.solvers.selection import DPP, SELECTORS, Evidence, GreedySoup, TopK, make_selector, quality
+from mergesolve.solvers.selection import (
+    DPP,
+    SELECTORS,
+    SIMILARITIES,
+    Evidence,
+    GreedySoup,
+    TopK,
+    make_selector,
+    quality,
+)
 
 D = 12
 
@@ -97,7 +106,7 @@ def test_every_selector_describes_itself_and_gives_a_reason_for_each(name, evide
     assert all(selection.reasons)
 
 
-@pytest.mark.parametrize("similar", ["features", "task-vectors", "agreement"])
+@pytest.mark.parametrize("similar", SIMILARITIES)
 @pytest.mark.parametrize("inference", ["greedy", "polished", "exhaustive"])
 def test_duplicates_are_never_selected_together(similar, inference, evidence):
     selector = DPP(k=2, quality="uniform", similarity=similar, inference=inference)
@@ -203,3 +212,33 @@ def test_validation_data_that_is_missing_for_an_expert_is_named(evidence):
 def test_a_soup_does_not_say_that_an_average_rises_which_stays(evidence):
     selection = GreedySoup().select(evidence(accuracy=lambda weights: {"t": 0.5}))
     assert set(selection.reasons[1:]) == {"the average stays at 50.0"}
+
+
+def test_inclusion_probabilities_sum_to_the_size_and_the_likelihood_is_that_of_the_subset(evidence):
+    selection = DPP(k=3, quality="norm", similarity="features", exclude=("copy",)).select(evidence())
+    assert sum(selection.details["inclusion"]) == pytest.approx(3)
+    kernel = np.outer(selection.quality, selection.quality) * selection.similarity
+    index = {name: i for i, name in enumerate(VECTORS)}
+    free = [i for name, i in index.items() if name != "copy"]
+    minors = {m: np.linalg.det(kernel[np.ix_(m, m)]) for m in itertools.combinations(free, 3)}
+    chosen = tuple(sorted(index[name] for name in selection.names))
+    assert minors[chosen] == pytest.approx(max(minors.values()))
+    assert np.exp(selection.details["log_likelihood"]) == pytest.approx(minors[chosen] / sum(minors.values()), rel=1e-4)
+
+
+def test_layers_weigh_alike_and_copies_stay_copies():
+    base = {"1.w": torch.zeros(4), "2.w": torch.zeros(4)}
+    experts = {
+        "a": {"1.w": torch.tensor([100.0, 0, 0, 0]), "2.w": torch.zeros(4)},
+        "copy": {"1.w": torch.tensor([100.0, 0, 0, 0]), "2.w": torch.zeros(4)},
+        "b": {"1.w": torch.tensor([0.0, 1, 0, 0]), "2.w": torch.tensor([0.0, 0, 0, 1])},
+        "c": {"1.w": torch.tensor([0.0, 0, 50, 0]), "2.w": torch.tensor([0.0, 0, 0, 3])},
+    }
+    found = Evidence(Pool.from_state_dicts(base, experts)).layer_cosines
+    np.testing.assert_allclose(found, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0.5], [0, 0, 0.5, 1]], atol=1e-12)
+    assert np.linalg.eigvalsh(found).min() > -1e-12
+
+
+def test_a_pool_of_one_expert_is_a_selection():
+    given = Evidence(pool_of({"only": unit(0)}))
+    assert DPP(k=1, quality="norm", similarity="layers").select(given).names == ("only",)
