@@ -284,10 +284,11 @@ def similarity(evidence: Evidence, kind: str) -> Array:
 class DPP(Selector):
     """Good and diverse experts: the subset Y of largest det(L_Y), L = diag(q) S diag(q).
 
-    k: how many, 8 unless an expected `size` is given instead (then the quality is scaled so that a draw has that many
-    on average and the mode is taken); quality, over, similarity: see `quality` and `similarity`; inference: "greedy",
-    "polished" (greedy, then swaps), "exhaustive" (n <= 20), or "sample" from the k-DPP with `seed`; shortlist: only the
-    experts of the best linear oracle scores; include, exclude: names that must or must not be chosen.
+    k: how many, by default 8 or all of a smaller pool; or an expected `size` instead (then the quality is scaled so
+    that a draw has that many on average and the mode is taken); quality, over, similarity: see `quality` and
+    `similarity`; inference: "greedy", "polished" (greedy, then swaps), "exhaustive" (n <= 20), or "sample" from the
+    k-DPP with `seed`; shortlist: only the experts of the best linear oracle scores; include, exclude: names that must
+    or must not be chosen.
     """
 
     k: int | None = None
@@ -303,8 +304,6 @@ class DPP(Selector):
     source: ClassVar[str] = "Kulesza and Taskar (2012), Determinantal Point Processes for Machine Learning"
 
     def __post_init__(self) -> None:
-        if self.k is None and self.size is None:
-            object.__setattr__(self, "k", 8)
         if self.k is not None and self.size is not None:
             raise OptionError(f"DPP takes either 'k' or an expected 'size'. Got k={self.k!r}, size={self.size!r}.")
         for name in ("include", "exclude"):
@@ -327,8 +326,9 @@ class DPP(Selector):
 
     def select(self, evidence: Evidence) -> Selection:
         """Choose by the determinant."""
-        if self.k is not None:
-            check_size(self, self.k, evidence.n)
+        k = min(8, evidence.n) if self.k is None and self.size is None else self.k
+        if k is not None:
+            check_size(self, k, evidence.n)
         worth = quality(evidence, self.quality, self.over)
         alike = similarity(evidence, self.similarity)
         index = {name: i for i, name in enumerate(evidence.names)}
@@ -343,34 +343,34 @@ class DPP(Selector):
         kernel = dpp.Kernel(worth, alike, evidence.names)
         if self.size is not None:
             kernel = kernel.scaled_to(self.size)
-        ranked = self._infer(kernel, [index[name] for name in self.include], sorted(excluded))
+        ranked = self._infer(kernel, k, [index[name] for name in self.include], sorted(excluded))
         forced = {"include": [index[name] for name in self.include], "exclude": sorted(excluded)}
-        if self.k is None:
+        if k is None:
             inclusion = dpp.marginals(kernel.matrix, **forced)
         else:
-            inclusion = dpp.kdpp_marginals(kernel.matrix, self.k, **forced)
+            inclusion = dpp.kdpp_marginals(kernel.matrix, k, **forced)
         reasons = [
             f"{_why(evidence, worth, alike, i, ranked[:place])}; a draw has it with probability {inclusion[i]:.2f}"
             for place, i in enumerate(ranked)
         ]
         details = {
             "log_det": float(dpp.log_det(kernel.matrix, ranked)),
-            "log_likelihood": float(dpp.log_likelihood(kernel.matrix, ranked, self.k, **forced)),
+            "log_likelihood": float(dpp.log_likelihood(kernel.matrix, ranked, k, **forced)),
             "expected_size": kernel.expected_size,
             "inclusion": inclusion.tolist(),
         }
         return self._selection(evidence, ranked, reasons, quality=worth, similarity=alike, details=details)
 
-    def _infer(self, kernel: dpp.Kernel, include: list[int], exclude: list[int]) -> list[int]:
+    def _infer(self, kernel: dpp.Kernel, k: int | None, include: list[int], exclude: list[int]) -> list[int]:
         matrix = kernel.matrix
         if self.inference == "sample":
             rng = np.random.default_rng(self.seed)
-            if self.k is None:
+            if k is None:
                 return dpp.sample_dpp(matrix, rng, include=include, exclude=exclude).tolist()
-            return dpp.sample_kdpp(matrix, self.k, rng, include=include, exclude=exclude).tolist()
+            return dpp.sample_kdpp(matrix, k, rng, include=include, exclude=exclude).tolist()
         if self.inference == "exhaustive":
-            return dpp.exhaustive_map(matrix, self.k, include=include, exclude=exclude).indices.tolist()
-        ranking = dpp.greedy_map(matrix, self.k, include=include, exclude=exclude)
+            return dpp.exhaustive_map(matrix, k, include=include, exclude=exclude).indices.tolist()
+        ranking = dpp.greedy_map(matrix, k, include=include, exclude=exclude)
         if self.inference == "polished":
             ranking = dpp.swap_polish(matrix, ranking.indices, include=include, exclude=exclude)
         return ranking.indices.tolist()

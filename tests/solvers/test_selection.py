@@ -241,4 +241,5 @@ def test_layers_weigh_alike_and_copies_stay_copies():
 
 def test_a_pool_of_one_expert_is_a_selection():
     given = Evidence(pool_of({"only": unit(0)}))
-    assert DPP(k=1, quality="norm", similarity="layers").select(given).names == ("only",)
+    for selector in (DPP(k=1, quality="norm", similarity="layers"), DPP(quality="norm", similarity="task-vectors")):
+        assert selector.select(given).names == ("only",)
