@@ -166,13 +166,8 @@ def model_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool = False) -> Recipe:
-    """One recipe: preset under recipe file under flags under --set."""
-    from ..solvers import PRESETS
-
-    fields: dict[str, Any] = {}
-    if recipe_file is not None:
-        fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
+def live_fields(flags: Mapping[str, Any], fields: Mapping[str, Any], *, test: bool = False) -> dict[str, Any]:
+    """Zoo, pool, model and tasks from the flags that were given, over a recipe's fields."""
     over: dict[str, Any] = {}
     if flags.get("zoo") or flags.get("zoo_data"):
         over["zoo"] = flags.get("zoo_data") or True
@@ -183,6 +178,17 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
         over["model"] = model
     if flags.get("tasks"):
         over["tasks"] = task_fields(flags["tasks"], key="test" if test else None)
+    return over
+
+
+def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool = False) -> Recipe:
+    """One recipe: preset under recipe file under flags under --set."""
+    from ..solvers import PRESETS
+
+    fields: dict[str, Any] = {}
+    if recipe_file is not None:
+        fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
+    over = live_fields(flags, fields, test=test)
     plain = ("preset", "solver", "objective", "domain", "start", "max_iter", "tol", "rtol", "time_limit", "seed")
     for name in (*plain, "split", "limit"):
         if flags.get(name) is not None:

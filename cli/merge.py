@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .flags import data_flags, json_flag, model_fields, pool_fields, pool_flags, task_fields
+from .flags import data_flags, json_flag, live_fields, pool_flags
 from .names import UsageProblem, choose
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -120,16 +120,7 @@ def _recipe(method: str | None, recipe_file: str | None, flags: Mapping[str, Any
             fields = from_mergekit(fields, f"recipe '{recipe_file}'", folder=Path(recipe_file).parent)
         else:
             fields = relative_to(fields, Path(recipe_file).parent)
-    over: dict[str, Any] = {}
-    if flags.get("zoo") or flags.get("zoo_data"):
-        over["zoo"] = flags.get("zoo_data") or True
-    zoo = bool(over.get("zoo", fields.get("zoo")))
-    if pool := pool_fields(flags, zoo=zoo):
-        over["pool"] = pool
-    if model := model_fields(flags):
-        over["model"] = model
-    if flags.get("tasks"):
-        over["tasks"] = task_fields(flags["tasks"])
+    over = live_fields(flags, fields)
     for name in ("split", "limit", "statistics", "out", "dtype", "max_shard_size"):
         if flags.get(name) is not None:
             over[name] = flags[name]

@@ -175,19 +175,20 @@ class Linear(Merge):
 
     def prepare(self, pool: Pool, statistics: Statistics | None = None) -> Rule:
         """Return the linear rule (the driver uses the pool's own operator instead, which reads what is not 0)."""
-        matrix, blocks = self.coefficients(pool)
+        return point_rule(*self.coefficients(pool))
 
-        def rule(part: Part) -> torch.Tensor:
-            rows = torch.from_numpy(matrix[blocks.rows[part.name]])
-            if len(rows) > 1:
-                width = prod(part.shape[1:])
-                index = torch.arange(part.start, part.stop) // max(1, width)
-                weights = rows[index].T
-            else:
-                weights = rows[0].unsqueeze(1)
-            return part.base + (weights.to(part.device, torch.float32) * part.stack()).sum(0)
 
-        return rule
+def point_rule(matrix: Matrix, blocks: Blocks) -> Rule:
+    """Return θ0 + Σ_i Λ[b,i] τ_i for coefficients [rows, n], with one row a tensor; experts at 0 are not read."""
+
+    def rule(part: Part) -> torch.Tensor:
+        row = matrix[blocks.rows[part.name].start]
+        merged = part.base.clone()
+        for expert in np.flatnonzero(row).tolist():
+            merged.add_(part.task_vector(expert), alpha=float(row[expert]))
+        return merged
+
+    return rule
 
 
 def expert_weights(weights: Mapping[str, float] | None, pool: Pool, owner: object, *, default: float) -> Matrix:

@@ -35,7 +35,7 @@ from ...pools.sources import Scratch, TaskVectors
 from ..domains import DOMAINS, Box, Domain
 from ..errors import OptionError, check_choice, check_number
 from .convex import minimize
-from .merge import Matrix, Merge, Part, Rule, check_weights, expert_weights
+from .merge import Matrix, Merge, Part, Rule, check_weights, expert_weights, point_rule
 from .norms import squared_norms
 
 if TYPE_CHECKING:
@@ -202,19 +202,6 @@ def need(statistics: Statistics | None, kind: str, owner: object) -> Statistics:
             f"`mergesolve stats --kind {kind}` and pass Statistics.open(pool, '{kind}')."
         )
     return statistics
-
-
-def point_rule(matrix: Matrix, blocks: Blocks) -> Rule:
-    """Return θ0 + Σ_i Λ[b,i] τ_i for coefficients [rows, n], with one row a tensor; experts at 0 are not read."""
-
-    def rule(part: Part) -> torch.Tensor:
-        row = matrix[blocks.rows[part.name].start]
-        merged = part.base.clone()
-        for expert in np.flatnonzero(row).tolist():
-            merged.add_(part.task_vector(expert), alpha=float(row[expert]))
-        return merged
-
-    return rule
 
 
 def diagonal_rule(
