@@ -1,0 +1,31 @@
+"""Continual federated merging: clients fine-tune one model, the server merges what comes back, round after round.
+
+θ_{t+1} = Merge(θ_t; θ̂_1 .. θ̂_N), where every solver and every closed-form merge of the package is a Merge.
+
+Names are imported when they are first used, so that the table of server steps costs no import of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import FederationError
+
+if TYPE_CHECKING:
+    from .replies import Client, Reply
+
+_MODULES = {
+    "Client": "replies",
+    "Reply": "replies",
+}
+
+__all__ = ["Client", "FederationError", "Reply"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
