@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 from .errors import FederationError
 
 if TYPE_CHECKING:
+    from .clients import TaskClient, fit_all
     from .replies import Client, Reply
+    from .training import Training, train
 
 _MODULES = {
     "Client": "replies",
     "Reply": "replies",
+    "TaskClient": "clients",
+    "Training": "training",
+    "fit_all": "clients",
+    "train": "training",
 }
 
-__all__ = ["Client", "FederationError", "Reply"]
+__all__ = ["Client", "FederationError", "Reply", "TaskClient", "Training", "fit_all", "train"]
 
 
 def __getattr__(name: str) -> Any:
