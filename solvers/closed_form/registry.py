@@ -217,6 +217,36 @@ MERGES: dict[str, Entry] = {
         "Matrices: TIES in the common singular basis of all updates.",
         "Stoica et al. (2025), Model Merging with SVD to Tie the Knots (KnOTS)",
     ),
+    "trimmed-mean": Entry(
+        "robust:TrimmedMean",
+        "Of each entry, the mean without its largest and smallest values: bounded whatever a few experts send.",
+        "Yin et al. (2018), Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+    ),
+    "median": Entry(
+        "robust:Median",
+        "Of each entry, the median of the experts.",
+        "Yin et al. (2018), Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+    ),
+    "geometric-median": Entry(
+        "robust:GeometricMedian",
+        "The point of least mean distance to the experts, over the whole model.",
+        "Pillutla, Kakade and Harchaoui (2022), Robust Aggregation for Federated Learning",
+    ),
+    "krum": Entry(
+        "robust:Krum",
+        "The expert next to most others, or the mean of the best few (multi-Krum).",
+        "Blanchard et al. (2017), Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
+    ),
+    "fedexp": Entry(
+        "extrapolated:FedExP",
+        "The average extrapolated by how much the task vectors disagree, up to a cap.",
+        "Jhunjhunwala, Wang and Joshi (2023), FedExP: Speeding Up Federated Averaging via Extrapolation",
+    ),
+    "stable": Entry(
+        "extrapolated:Stable",
+        "Base plus the sum of task vectors, as long as repeated rounds bear: 1 / λ_max of their cosines.",
+        "Gradient descent on a quadratic: Nesterov (2018), Lectures on Convex Optimization, section 2.1",
+    ),
 }
 
 

@@ -446,6 +446,57 @@ def pcb(base, taus, names, density=0.1, scale=1.2):
     return found
 
 
+def flattened(taus):
+    n = len(next(iter(taus.values())))
+    return np.concatenate([rows.reshape(n, -1) for rows in taus.values()], axis=1)
+
+
+def ordered_mean(base, rows, cut):
+    """cut(n) values left out at both ends of each entry, by sorting."""
+    k = cut(len(rows))
+    return base + np.sort(rows, axis=0)[k : len(rows) - k].mean(0)
+
+
+def geometric_median(base, taus, names, weights=None, smoothing=1e-6):
+    """Weiszfeld's steps on the vectors themselves, many of them; returned as the vector that they end at."""
+    vectors, w = flattened(taus), given(weights, names)
+    point = w @ vectors / w.sum()
+    for _ in range(3000):
+        pulls = w / np.maximum(np.linalg.norm(vectors - point, axis=1), smoothing)
+        point = pulls @ vectors / pulls.sum()
+    merged, start = {}, 0
+    for name, value in base.items():
+        merged[name] = value + point[start : start + value.size].reshape(value.shape)
+        start += value.size
+    return merged
+
+
+def krum(base, taus, names, byzantine=None, keep=1):
+    vectors, n = flattened(taus), len(names)
+    f = (n - 3) // 2 if byzantine is None else byzantine
+    scores = []
+    for i, one in enumerate(vectors):
+        distances = sorted(np.sum((one - other) ** 2) for j, other in enumerate(vectors) if j != i)
+        scores.append(sum(distances[: n - f - 2]))
+    best = np.argsort(scores, kind="stable")[:keep]
+    return {name: base[name] + rows[best].mean(0) for name, rows in taus.items()}
+
+
+def fedexp(base, taus, names, cap=1.5, epsilon=0.0):
+    vectors = flattened(taus)
+    spread = (np.linalg.norm(vectors, axis=1) ** 2).sum()
+    step = max(1, spread / (2 * len(names) * (np.linalg.norm(vectors.mean(0)) ** 2 + epsilon)))
+    return {name: base[name] + min(step, cap or np.inf) * rows.mean(0) for name, rows in taus.items()}
+
+
+def stable(base, taus, names, safety=1.0):
+    """The bound is the squared spectral norm of the matrix of unit vectors."""
+    vectors = flattened(taus)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    largest = np.linalg.norm((vectors / np.where(norms > 0, norms, 1))[norms[:, 0] > 0], 2) ** 2
+    return {name: base[name] + safety / largest * rows.sum(0) for name, rows in taus.items()}
+
+
 DARE = ("density", "rescale", "seed")
 DELLA = ("density", "epsilon", "rescale", "window", "seed")
 CRUMBS = ("density", "top")
@@ -487,6 +538,12 @@ REFERENCES = {
     "iso-cts": spectral(iso_cts),
     "knots": knots,
     "quadratic": linear(lambda names, weights=None, anchor=0.0: (w := given(weights, names)) / (w.sum() + anchor)),
+    "trimmed-mean": per_tensor(lambda base, rows, share=0.2: ordered_mean(base, rows, lambda n: int(share * n))),
+    "median": per_tensor(lambda base, rows: base + np.median(rows, axis=0)),
+    "geometric-median": geometric_median,
+    "krum": krum,
+    "fedexp": fedexp,
+    "stable": stable,
 }
 W = {"e0": 0.5, "e1": 2.0, "e2": -0.25}
 
@@ -537,11 +594,20 @@ CASES = {
     "iso-cts": [{}, {"common": 0.0}, {"common": 1.0}, {"common": 0.4, "scale": 2.0}],
     "knots": [{}, {"density": 0.6, "weights": W}, {"inner": "linear", "scale": 0.3, "weights": W}, {"density": 1.0}],
     "quadratic": [{}, {"weights": {"e0": 0.5, "e1": 2.0}, "anchor": 1.5}],
+    "trimmed-mean": [{}, {"share": 0.0}, {"share": 0.49}],
+    "median": [{}],
+    "geometric-median": [{}, {"weights": {"e0": 0.5, "e1": 2.0}}],
+    "krum": [{}, {"byzantine": 1, "keep": 3}],
+    "fedexp": [{}, {"cap": None, "epsilon": 0.5}],
+    "stable": [{}, {"safety": 1.9}],
 }
 """Options that each method is tried with: the defaults first, then what its variants need."""
 
 EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2, "tall-mask": 1}
 """Methods for a certain number of experts."""
+
+FEWEST = {"krum": 5}
+"""Methods that need some experts at least, with the options that they are tried with."""
 
 ORDERED = {"analogy", "swa", "ema", "slerp"}
 """Methods for which the order of the experts means something."""
@@ -549,7 +615,9 @@ ORDERED = {"analogy", "swa", "ema", "slerp"}
 DECOMPOSING: dict[str, float] = {"tsv-m": 5e-6, "iso-c": 3e-6, "iso-cts": 1e-5, "knots": 5e-6, "pcb": 3e-5}
 """Methods whose formulas magnify the rounding of float32, and by how much for the samples."""
 
-SUMMING: dict[str, float] = dict.fromkeys(["metagpt", "model-stock", "slerp", "spherical-mean"], 1e-6)
+SUMMING: dict[str, float] = dict.fromkeys(
+    ["metagpt", "model-stock", "slerp", "spherical-mean", "geometric-median", "fedexp", "stable"], 1e-6
+)
 """Methods whose coefficients are sums over many entries, and the relative error that another order of them may make."""
 
 INEXACT: dict[str, float] = {
@@ -605,6 +673,7 @@ def tables():
         references=REFERENCES,
         cases=CASES,
         experts=EXPERTS,
+        fewest=FEWEST,
         ordered=ORDERED,
         summing={**SUMMING, **DECOMPOSING},
         decomposing=DECOMPOSING,
