@@ -195,7 +195,7 @@ class Pool:
     def from_state_dicts(
         cls,
         base: Mapping[str, torch.Tensor],
-        experts: Mapping[str, Mapping[str, torch.Tensor]],
+        experts: Mapping[str, Mapping[str, torch.Tensor] | str | os.PathLike[str]],
         *,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -204,7 +204,10 @@ class Pool:
         backend: Backend = "auto",
         device: str | torch.device = "cpu",
     ) -> Pool:
-        """Make a pool of state dicts in memory, which it shares with the caller (do not change them afterwards)."""
+        """Make a pool of state dicts in memory, which it shares with the caller (do not change them afterwards).
+
+        An expert may be the path of a checkpoint instead, of which only headers are read here.
+        """
         if not experts:
             raise PoolError("pool: there are no experts; a pool needs at least one.")
         spec = Spec(
@@ -215,7 +218,12 @@ class Pool:
             parse_prefixes(rename, "pool: rename"),
             parse_dtype(dtype, "pool: dtype"),
         )
-        opened = {name: MemoryCheckpoint(f"state dict {name!r}", state) for name, state in experts.items()}
+        opened = {
+            name: MemoryCheckpoint(f"state dict {name!r}", state)
+            if isinstance(state, Mapping)
+            else open_checkpoint(state)
+            for name, state in experts.items()
+        }
         return cls._assemble(
             MemoryCheckpoint("state dict of the base", base), opened, spec, None, backend=backend, device=device
         )

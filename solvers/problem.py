@@ -11,7 +11,9 @@ direction: independent of the number of experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -289,6 +291,8 @@ class Problem(MatrixProblem):
         self.stochastic = bool(objective.stochastic)
         self.cheap_to_refresh = pool.backend == "resident"
         self.counts = Counts()
+        self.seconds = {"combine": 0.0, "objective": 0.0, "correlate": 0.0}
+        """Where the time went so far."""
         self._bytes_seen = pool.bytes_read
         self._at: tuple[Array, dict[str, Any]] | None = None  # the last point and its weights
         self._raw_geometry: RawGeometry | None = None
@@ -336,7 +340,8 @@ class Problem(MatrixProblem):
         """Return θ0 + A Λ, reusing what the last point left: experts whose coefficients are unchanged are not read."""
         if self._at is None or not np.array_equal(self._at[0], point):
             at, self._at = self._at, None  # combine works in place, so the old pair must not outlive a failure
-            self._at = (point.copy(), self.pool.combine(point, self.blocks, since=at))
+            with self.timed("combine"):
+                self._at = (point.copy(), self.pool.combine(point, self.blocks, since=at))
             self.counts.combines += 1
             self._count_bytes()
         return self._at[1]
@@ -345,13 +350,16 @@ class Problem(MatrixProblem):
         self, point: Array, *, tasks: bool = False, raw: bool = False, experts: Sequence[int] | None = None
     ) -> Evaluation:
         """One gradient of the objective and one pass of Aᵀ over the pool (or over ``experts`` only)."""
-        evaluation = self.objective.value_and_grad(self.weights(point), per_task=tasks)
+        weights = self.weights(point)
+        with self.timed("objective"):
+            evaluation = self.objective.value_and_grad(weights, per_task=tasks)
         self.counts.gradients += 1
         if not math.isfinite(evaluation.loss):
             return Evaluation(
                 float(evaluation.loss), np.full((self.rows, self.n), np.nan), dict(evaluation.task_losses)
             )
-        scores = self.pool.correlate(evaluation.gradient, self.blocks, experts=experts)
+        with self.timed("correlate"):
+            scores = self.pool.correlate(evaluation.gradient, self.blocks, experts=experts)
         self.counts.correlates += 1
         gradients = evaluation.gradient if tasks else [evaluation.gradient]
         raw_inner = self._raw_inner(gradients) if raw else None
@@ -367,11 +375,22 @@ class Problem(MatrixProblem):
     def value(self, point: Array) -> float:
         """One forward pass of the objective."""
         self.counts.evaluations += 1
-        return float(self.objective.value(self.weights(point)))
+        weights = self.weights(point)
+        with self.timed("objective"):
+            return float(self.objective.value(weights))
 
     def line(self, point: Array, direction: Array) -> Line:
         """Form A D once, so that every trial along the line costs no reading at all."""
         return WeightLine(self, point, direction)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the block to `seconds`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - began
 
     def _raw_inner(self, gradients: Sequence[dict[str, Any]]) -> RawInner:
         blocks, base = self.pool.blocks("tensor"), self._base_weights()
@@ -409,13 +428,14 @@ class WeightLine:
         self._direction = direction
         self._weights = problem.weights(point)
         target = point + direction
-        if np.any(target, axis=0).sum() < np.any(direction, axis=0).sum():
-            # A Frank-Wolfe step moves every active expert, but its target is one vertex: reading that one is enough.
-            moved = problem.pool.combine(target, problem.blocks)
-            for name, tensor in moved.items():
-                tensor.sub_(self._weights[name])
-        else:
-            moved = problem.pool.displacement(direction, problem.blocks)
+        with problem.timed("combine"):
+            if np.any(target, axis=0).sum() < np.any(direction, axis=0).sum():
+                # A Frank-Wolfe step moves every active expert, but its target is one vertex: reading that is enough.
+                moved = problem.pool.combine(target, problem.blocks)
+                for name, tensor in moved.items():
+                    tensor.sub_(self._weights[name])
+            else:
+                moved = problem.pool.displacement(direction, problem.blocks)
         problem.counts.combines += 1
         problem._count_bytes()
         self._moved: dict[str, Any] = moved
@@ -426,7 +446,8 @@ class WeightLine:
         """One forward pass of the objective at θ + γ·(A D)."""
         self._move(step)
         self._problem.counts.evaluations += 1
-        return float(self._problem.objective.value(self._trial))
+        with self._problem.timed("objective"):
+            return float(self._problem.objective.value(self._trial))
 
     def accept(self, step: float) -> None:
         """Make the point at ``step`` the one that the problem remembers."""

@@ -1,0 +1,180 @@
+"""Closed-form merges as server steps: θ_{t+1} = rule(θ_t; τ_1 .. τ_N), τ_i = θ̂_i − θ_t.
+
+Weights of FedAvg and FedNova follow from what the clients report; every other one is a merge of
+`mergesolve.solvers.closed_form` as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..pools import Pool, Statistics
+from ..pools.transforms import make_transform
+from ..solvers.closed_form import Linear, describe_merge, make_merge, merge_weights
+from ..solvers.closed_form.merge import Merge
+from ..solvers.selection import Evidence, make_selector
+from .errors import FederationError
+from .replies import Weights
+from .step import NO_DATA, Proposal, Round, ServerData, ServerStep
+
+Spec = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to the pool before it is merged: a selection of experts, then transforms of their task vectors."""
+
+    select: Spec | str | None = None
+    transforms: Sequence[Spec | str] = ()
+
+    def __post_init__(self) -> None:
+        if self.select is not None:
+            make_selector(self.select)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+        for transform in self.transforms:
+            make_transform(transform)
+
+    def __call__(self, pool: Pool, data: ServerData) -> Pool:
+        """Return the pool that is merged."""
+        if self.select is not None:
+            pool = pool.subset(make_selector(self.select).select(evidence(pool, data)).names)
+        for transform in self.transforms:
+            pool = pool.transform(make_transform(transform))
+        return pool
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options that are set."""
+        found: dict[str, Any] = {}
+        if self.select is not None:
+            found["select"] = make_selector(self.select).describe()
+        if self.transforms:
+            found["transforms"] = list(self.transforms)
+        return found
+
+
+def evidence(pool: Pool, data: ServerData) -> Evidence:
+    """Return what the server can measure of the clients' models."""
+    from ..objectives import evaluate, features
+
+    model, tasks = data.model, list(data.tasks.values())
+    if model is None or not tasks:
+        return Evidence(pool)
+    labelled = [task for task in tasks if task.labels is not None]
+    return Evidence(
+        pool,
+        accuracy=(lambda weights: evaluate(model, weights, labelled)) if labelled else None,  # type: ignore[arg-type]
+        features=lambda weights: np.concatenate([features(model, weights, task) for task in tasks]),  # type: ignore[operator]
+    )
+
+
+@dataclass(frozen=True)
+class MergeStep(ServerStep):
+    """A closed-form merge of the clients' models; `origin` makes θ_0 one more expert of it, called "origin"."""
+
+    merge: Merge
+    prepare: Preparation = Preparation()
+    origin: bool = False
+
+    def propose(self, round: Round) -> Proposal:
+        """Merge."""
+        with round.watch.timed("read"):
+            pool = self.prepare(round.with_origin() if self.origin else round.pool, round.data)
+        merge = self.merge
+        statistics = None if merge.statistics is None else self._statistics(pool, round)
+        with round.watch.timed("combine"):
+            weights = merge_weights(pool, merge, statistics)
+        return Proposal(weights, linear_coefficients(merge, pool), {"merge": describe_merge(merge)}, NO_DATA)
+
+    def _statistics(self, pool: Pool, round: Round) -> Statistics:
+        kind = self.merge.statistics
+        sent: dict[str, Weights] = {r.client: r.fisher for r in round.replies if r.fisher is not None}
+        silent = [name for name in pool.names if name not in sent]
+        if kind != "fisher" or silent:
+            what = f"client {silent[0]!r} sent none" if kind == "fisher" else f"clients send no {kind} statistics"
+            raise FederationError(
+                f"the server step {type(self.merge).__name__} needs {kind} statistics of every client, and {what}. "
+                "Let the clients send Fisher diagonals (fisher: SAMPLES), or choose another step."
+            )
+        tensors = {name: {t: v for t, v in table.items() if t in pool.tensors} for name, table in sent.items()}
+        return Statistics.from_tensors(pool, "fisher", {name: tensors[name] for name in pool.names})
+
+    def describe(self) -> dict[str, Any]:
+        """Return method and options."""
+        return {
+            **describe_merge(self.merge),
+            **({"origin": True} if self.origin else {}),
+            **self.prepare.describe(),
+        }
+
+
+def linear_coefficients(merge: Merge, pool: Pool) -> dict[str, float] | None:
+    """Return the mean coefficient of each expert, if the merge is a point of the pool."""
+    if not isinstance(merge, Linear) or merge.transforms():
+        return None
+    matrix, _ = merge.coefficients(pool)
+    return dict(zip(pool.names, matrix.mean(axis=0).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class FedAvg(ServerStep):
+    """θ_t + Σ_i p_i τ_i, with p_i = 1/N, or by the clients' numbers of samples."""
+
+    by: str = "uniform"
+    source: ClassVar[str] = "McMahan et al. (2017), Communication-Efficient Learning of Deep Networks, algorithm 1"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("uniform", "samples"):
+            raise FederationError(
+                f"The 'by' parameter of FedAvg must be 'uniform' or 'samples'. Got {self.by!r} instead."
+            )
+
+    def propose(self, round: Round) -> Proposal:
+        """Average."""
+        return weighted(round, shares(round, self.by))
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and options."""
+        return {"name": "fedavg", "by": self.by}
+
+
+@dataclass(frozen=True)
+class FedNova(ServerStep):
+    """θ_t + a Σ_i p_i τ_i / a_i, with a_i the client's optimizer steps and a = Σ_i p_i a_i: no client counts for more
+    because it took more steps."""
+
+    by: str = "samples"
+    source: ClassVar[str] = "Wang et al. (2020), Tackling the Objective Inconsistency Problem, equation 6"
+
+    def __post_init__(self) -> None:
+        FedAvg(self.by)
+
+    def propose(self, round: Round) -> Proposal:
+        """Average the normalized updates."""
+        share = shares(round, self.by)
+        steps = np.array([max(reply.steps, 1) for reply in round.replies], dtype=np.float64)
+        return weighted(round, float(share @ steps) * share / steps)
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and options."""
+        return {"name": "fednova", "by": self.by}
+
+
+def shares(round: Round, by: str) -> np.ndarray[Any, Any]:
+    """Return p [n], which sums to 1."""
+    sizes = [reply.samples if by == "samples" else 1 for reply in round.replies]
+    if min(sizes) < 0 or sum(sizes) == 0:
+        raise FederationError(f"the clients report {sizes} samples; numbers above 0 are needed to weigh by them.")
+    return np.array(sizes, dtype=np.float64) / sum(sizes)
+
+
+def weighted(round: Round, coefficients: np.ndarray[Any, Any]) -> Proposal:
+    """Return θ_t + Σ_i λ_i τ_i."""
+    weights = dict(zip(round.pool.names, coefficients.tolist(), strict=True))
+    merge = make_merge({"name": "task-arithmetic", "scale": 1.0, "weights": weights})
+    with round.watch.timed("combine"):
+        merged = merge_weights(round.pool, merge)
+    return Proposal(merged, weights, {}, NO_DATA)
