@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from .entropy import Entropy
     from .errors import DataError
     from .evaluation import Scores, accuracy, evaluate
+    from .lagrangian import AugmentedLagrangian
     from .loss_objective import LossObjective
     from .models import Model, ModuleModel, Weights
     from .objective import Evaluation, Objective, SumObjective, TaskObjective
     from .outputs import features, predictions
+    from .proximity import Proximity
     from .statistics import Statistic, fisher_diagonal, grams
     from .task import Task, joint
     from .weighted_sum import WeightedSum
 
 _MODULES = {
+    "AugmentedLagrangian": "lagrangian",
     "CLIP": "clip",
     "CORRUPTIONS": "corruptions",
     "CrossEntropy": "cross_entropy",
@@ -35,6 +38,7 @@ _MODULES = {
     "Model": "models",
     "ModuleModel": "models",
     "Objective": "objective",
+    "Proximity": "proximity",
     "Scores": "evaluation",
     "Statistic": "statistics",
     "SumObjective": "objective",
@@ -55,6 +59,7 @@ _MODULES = {
 __all__ = [
     "CLIP",
     "CORRUPTIONS",
+    "AugmentedLagrangian",
     "CrossEntropy",
     "DataError",
     "Distillation",
@@ -64,6 +69,7 @@ __all__ = [
     "Model",
     "ModuleModel",
     "Objective",
+    "Proximity",
     "Scores",
     "Statistic",
     "SumObjective",

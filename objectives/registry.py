@@ -13,7 +13,7 @@ from .errors import DataError, nearest
 class Entry:
     """Where an objective lives ("module:Class", relative to this package), what it is, and what it needs.
 
-    data: 'labelled', 'unlabelled' (inputs only), 'teachers' (inputs and an expert a task) or 'any'.
+    data: 'labelled', 'unlabelled' (inputs only), 'teachers' (inputs and an expert a task), 'none' or 'any'.
     """
 
     target: str
@@ -45,6 +45,18 @@ OBJECTIVES: dict[str, Entry] = {
         "Mean KL divergence from each task's expert to the merged model, without labels.",
         "Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, section 2",
         "teachers",
+    ),
+    "proximity": Entry(
+        "proximity:Proximity",
+        "Squared distance from given weights, Euclidean or by a diagonal Fisher, without data.",
+        "Kirkpatrick et al. (2017), Overcoming catastrophic forgetting in neural networks, eq. 3",
+        "none",
+    ),
+    "augmented-lagrangian": Entry(
+        "lagrangian:AugmentedLagrangian",
+        "One objective, with a bound on another.",
+        "Bertsekas (1982), Constrained Optimization and Lagrange Multiplier Methods",
+        "any",
     ),
     "weighted-sum": Entry(
         "weighted_sum:WeightedSum", "Weighted sum of objectives, one gradient for all.", "scalarization", "any"

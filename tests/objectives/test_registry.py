@@ -17,7 +17,7 @@ def test_every_entry_loads_an_objective_of_the_package_and_says_what_it_is(name:
     entry = OBJECTIVES[name]
     assert entry.summary
     assert entry.source
-    assert entry.data in {"labelled", "unlabelled", "teachers", "any"}
+    assert entry.data in {"labelled", "unlabelled", "teachers", "none", "any"}
     assert getattr(found, "needs_labels", False) == (entry.data == "labelled")
 
 
