@@ -4,6 +4,7 @@ result = solve(Problem(pool, objective, blocks="layer", domain="capped"), FrankW
 """
 
 from .adaptive import AdaptiveGradient
+from .constrained import ConstrainedResult, solve_constrained
 from .domains import DOMAINS, Box, Capped, Domain, Free, Simplex, make_domain
 from .driver import solve
 from .errors import OptionError
@@ -43,6 +44,7 @@ __all__ = [
     "Capped",
     "Certificate",
     "Clock",
+    "ConstrainedResult",
     "Counts",
     "Domain",
     "Evaluation",
@@ -75,5 +77,6 @@ __all__ = [
     "make_step_rule",
     "read_trace",
     "solve",
+    "solve_constrained",
     "start_point",
 ]

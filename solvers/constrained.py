@@ -1,0 +1,323 @@
+"""``solve_constrained``: minimize f over a domain subject to g ≤ ε, by the augmented Lagrangian around any solver.
+
+    Λ ← argmin L(Λ; μ, ρ) by the inner solver,     μ ← max(0, μ + ρ (g(Λ) − ε))
+
+ρ grows only while the multiplier does not settle: g is held without ρ → ∞ and the ill-conditioning that brings, and μ
+is the price of retention, by how much f would fall for each unit that ε grows. The gradient of L at the multiplier
+before the update is that of the Lagrangian f + μ g after it, so the solver's certificate is the one that counts. For
+convex f and g it bounds what is left: f(Λ) − f* ≤ gap + |μ (g − ε)|, over all points with g ≤ ε.
+Source: Bertsekas (1982), Constrained Optimization and Lagrange Multiplier Methods; Nocedal and Wright (2006), ch. 17;
+the measure that ρ follows and its first value: Birgin and Martínez (2014), Practical Augmented Lagrangian Methods.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .domains import FEASIBILITY
+from .driver import MESSAGES, Callback, check_limits, solve
+from .errors import OptionError, check_number
+from .loop import INTERRUPTED, MAX_ITER, NONFINITE, OPTIMAL, STALLED, TIME_LIMIT
+from .points import start_point
+from .problem import Evaluation, MatrixProblem
+from .registry import make_solver
+from .result import Result
+from .solver import Certificate, Solver
+
+Array = np.ndarray[Any, Any]
+Known = tuple[str, Array, float]  # name, coefficients, and g there on all the data
+SHRINK = 0.5  # ρ grows unless the measure of the multiplier shrank to this share of what it was
+BISECTIONS = 30
+
+
+class Lagrangian(Protocol):
+    """What the objective of a constrained problem has besides what any has: L(θ; μ, ρ), with the outer loop's knobs.
+
+    With ρ = 0 it is the Lagrangian f + μ (g − ε). constraint_task names the task whose loss is what is added to f.
+    """
+
+    multiplier: float
+    penalty: float
+    first_draw: int
+    bound: float
+    constraint_task: str
+
+    def constraint_value(self, weights: Any) -> float:
+        """Return g on all the data."""
+
+
+@dataclass
+class ConstrainedResult(Result):
+    """The outcome of a constrained solve: a result whose objective is f alone, without the constraint.
+
+    constraint: g at ``coefficients`` on all the data; bound: ε; violation: max(0, g − ε); multiplier: μ ≥ 0;
+    penalty: ρ of the last round; complementarity: |μ (g − ε)|. gap, stationarity: of the Lagrangian f + μ g.
+    history: a record a round, with g, f, μ and ρ after it. repair: None, or the share of the way to a feasible point
+    ("toward": "start", "base" or "round K") that the last point was moved, and its g before. nit: of all rounds.
+    """
+
+    constraint: float = math.nan
+    bound: float = math.nan
+    violation: float = math.nan
+    multiplier: float = math.nan
+    penalty: float = math.nan
+    complementarity: float = math.nan
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    repair: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The options of the outer loop that are numbers, with their ranges."""
+
+    rounds: int
+    multiplier: float
+    penalty: float | None
+    factor: float
+    feasibility_tol: float
+
+    def __post_init__(self) -> None:
+        check_number(self, "rounds", 1, math.inf, closed="left", integer=True)
+        check_number(self, "multiplier", 0, math.inf, closed="left")
+        if self.penalty is not None:
+            check_number(self, "penalty", 0, math.inf, closed="neither")
+        check_number(self, "factor", 1, math.inf, closed="left")
+        check_number(self, "feasibility_tol", 0, math.inf, closed="left")
+
+
+def solve_constrained(
+    problem: MatrixProblem,
+    solver: Solver | str | Mapping[str, Any],
+    *,
+    start: str | np.ndarray | Result = "average",
+    rounds: int = 8,
+    max_iter: int = 100,
+    multiplier: float = 0.0,
+    penalty: float | None = None,
+    factor: float = 10.0,
+    tol: float = 1e-6,
+    rtol: float = 0.0,
+    feasibility_tol: float = 1e-6,
+    repair: bool = False,
+    time_limit: float = math.inf,
+    callback: Callback | None = None,
+) -> ConstrainedResult:
+    """Minimize f subject to g ≤ ε over the domain, for a problem whose objective is an augmented Lagrangian.
+
+    solver, start, time_limit (of all rounds), callback: as for :func:`.solve`. rounds: outer iterations, max_iter:
+    iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
+    earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
+    do not depend on the units of f and g. factor: by which ρ grows when |max(g − ε, −μ/ρ)| did not shrink by half.
+
+    Optimal when the certificate of the Lagrangian and |μ (g − ε)| are at most max(tol, rtol·|f|), in the units of f,
+    and g − ε at most feasibility_tol, in the units of g; all three on all the data, also where the solver saw
+    minibatches. repair: move the last point, if g > ε there, along the segment to the nearest known point with g ≤ ε
+    (of the rounds and the start, else the base), by bisection, until g ≤ ε; at most 30 values of g.
+    The objective keeps the last multiplier and penalty. Raises OptionError for what cannot be solved.
+    """
+    Limits(rounds, multiplier, penalty, factor, feasibility_tol)
+    solver = make_solver(solver)
+    check_limits(max_iter, tol, rtol, time_limit, None)
+    lagrangian = lagrangian_of(problem)
+    point = start_point(problem, start)
+    problem.check(point, "the starting point")
+    began = time.monotonic()
+
+    lagrangian.multiplier, lagrangian.first_draw = float(multiplier), 0
+    known = [("start", point, constraint_at(problem, point))]
+    rho = first_penalty(problem, point, known[0][2]) if penalty is None else float(penalty)
+    history: list[dict[str, Any]] = []
+    trace: list[dict[str, Any]] = []
+    status, settled = MAX_ITER, math.inf
+    for outer in range(rounds):
+
+        def tagged(line: dict[str, Any], outer: int = outer) -> None:
+            line["outer"] = outer
+            if callback is not None:
+                callback(line)
+
+        lagrangian.penalty, lagrangian.first_draw = rho, len(trace)
+        left = max(0.0, time_limit - (time.monotonic() - began))
+        inner = solve(
+            problem, solver, start=point, max_iter=max_iter, tol=tol, rtol=rtol, time_limit=left, callback=tagged
+        )
+        trace += inner.trace
+        value = constraint_at(problem, inner.coefficients)
+        if inner.status == NONFINITE or not math.isfinite(value):
+            status = NONFINITE
+            break
+        rested, point = np.array_equal(inner.coefficients, point), inner.coefficients
+        known.append((f"round {outer}", point, value))
+        before, mu = lagrangian.multiplier, max(0.0, lagrangian.multiplier + rho * (value - lagrangian.bound))
+        lagrangian.multiplier = mu
+        loss = inner.objective - inner.tasks[lagrangian.constraint_task]
+        history.append(
+            {"outer": outer, "constraint": value, "objective": loss, "multiplier": mu, "penalty": rho, "nit": inner.nit}
+        )
+        if inner.status == INTERRUPTED:
+            status = INTERRUPTED
+            break
+        # The solver certified ∇f + m ∇g, and m at the end of the round is the new multiplier.
+        kkt = Optimality(Certificate(inner.gap, inner.stationarity), value - lagrangian.bound, mu)
+        if kkt.holds(max(tol, rtol * abs(loss)), feasibility_tol):
+            status = OPTIMAL
+            break
+        if time.monotonic() - began >= time_limit:
+            status = TIME_LIMIT
+            break
+        if rested and mu == before and not problem.stochastic:
+            status = STALLED
+            break
+        measure = abs(mu - before) / rho  # |max(g − ε, −μ/ρ)|: how far g ≤ ε and μ (g − ε) = 0 are from holding
+        if measure > SHRINK * settled:
+            rho *= factor
+        settled = measure
+
+    moved = None
+    if repair and known[-1][2] > lagrangian.bound:
+        point, moved = repaired(problem, known, feasibility_tol)
+
+    value = constraint_at(problem, point)
+    excess, mu = value - lagrangian.bound, lagrangian.multiplier
+    final, certificate = evaluate_lagrangian(problem, solver, point)
+    kkt = Optimality(certificate, excess, mu)
+    holds = kkt.holds(max(tol, rtol * abs(final.value)), feasibility_tol)
+    if status not in (NONFINITE, INTERRUPTED):
+        status = OPTIMAL if holds else STALLED if status == OPTIMAL else status
+    about = {
+        **vars(inner),
+        "coefficients": point,
+        "objective": final.value,
+        "tasks": final.task_values,
+        "gap": certificate.gap,
+        "stationarity": certificate.stationarity,
+        "status": status,
+        "message": explain(status, excess > feasibility_tol, lagrangian.bound, known, moved),
+        "nit": sum(line["nit"] for line in history),
+        "counts": asdict(problem.counts),
+        "data": problem.data_used,
+        "seconds": time.monotonic() - began,
+        "trace": trace,
+    }
+    return ConstrainedResult(
+        **about,
+        constraint=value,
+        bound=lagrangian.bound,
+        violation=max(0.0, excess),
+        multiplier=mu,
+        penalty=lagrangian.penalty,
+        complementarity=abs(mu * excess),
+        history=history,
+        repair=moved,
+    )
+
+
+class Optimality(NamedTuple):
+    """What a solution has: a certificate of the Lagrangian, g − ε ≤ 0, and μ (g − ε) = 0."""
+
+    certificate: Certificate
+    excess: float
+    multiplier: float
+
+    def holds(self, tol: float, feasibility_tol: float) -> bool:
+        """Whether all three hold, to the tolerance in the units of f and that in the units of g."""
+        return (
+            self.certificate.holds(tol) and self.excess <= feasibility_tol and abs(self.multiplier * self.excess) <= tol
+        )
+
+
+def lagrangian_of(problem: MatrixProblem) -> Lagrangian:
+    """Return the problem's objective. Raises OptionError if it has no constraint."""
+    objective = getattr(problem, "objective", None)
+    if not all(hasattr(objective, name) for name in ("multiplier", "penalty", "bound", "constraint_value")):
+        raise OptionError(
+            f"solve_constrained needs an objective with a constraint, AugmentedLagrangian(objective, constraint, "
+            f"bound); this problem's is {type(objective).__name__}. Without a constraint, use solve."
+        )
+    return objective  # type: ignore[return-value]
+
+
+def constraint_at(problem: MatrixProblem, point: Array) -> float:
+    """Return g at Λ on all the data, from weights that depend on Λ alone: one pass of A and one value."""
+    problem.refresh()
+    return float(lagrangian_of(problem).constraint_value(problem.weights(point)))  # type: ignore[attr-defined]
+
+
+def evaluate_lagrangian(problem: MatrixProblem, solver: Solver, point: Array) -> tuple[Evaluation, Certificate]:
+    """Return f with its values by task, and the certificate of f + μ g, at Λ on all the data."""
+    lagrangian = lagrangian_of(problem)
+    penalty, lagrangian.penalty = lagrangian.penalty, 0.0
+    try:
+        problem.draw(None)
+        problem.refresh()
+        evaluation = problem.evaluate(point)
+    finally:
+        lagrangian.penalty = penalty
+    tasks = dict(evaluation.task_values)
+    loss = evaluation.value - tasks.pop(lagrangian.constraint_task)
+    return Evaluation(loss, evaluation.scores, tasks), solver.certificate(problem, point, evaluation)
+
+
+def first_penalty(problem: MatrixProblem, point: Array, value: float) -> float:
+    """Return |f| / max(|g|, |ε|)² at Λ; 1 in the place of f or g where it is 0 or not finite."""
+    lagrangian = lagrangian_of(problem)
+    multiplier, lagrangian.multiplier, lagrangian.penalty = lagrangian.multiplier, 0.0, 0.0
+    try:
+        problem.draw(None)
+        loss = abs(problem.value(point))
+    finally:
+        lagrangian.multiplier = multiplier
+    scale = max(abs(value), abs(lagrangian.bound))
+    loss, scale = (x if 0 < x < math.inf else 1.0 for x in (loss, scale))
+    return loss / scale**2
+
+
+def repaired(
+    problem: MatrixProblem, known: Sequence[Known], feasibility_tol: float
+) -> tuple[Array, dict[str, Any] | None]:
+    """Return the first point with g ≤ ε on the segment from the last known point to the nearest known one with g ≤ ε.
+
+    None as the second value: no such point is known, and the last one is returned.
+    """
+    bound = lagrangian_of(problem).bound
+    _, point, value = known[-1]
+    feasible = [candidate for candidate in known if candidate[2] <= bound]
+    base = np.zeros_like(point)
+    if not feasible and problem.domain.violation(base).max() <= FEASIBILITY:
+        feasible = [candidate for candidate in [("base", base, constraint_at(problem, base))] if candidate[2] <= bound]
+    if not feasible:
+        return point, None
+    name, target, at_end = min(feasible, key=lambda candidate: float(np.linalg.norm(candidate[1] - point)))
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        if bound - at_end <= feasibility_tol:
+            break
+        middle = (low + high) / 2
+        found = constraint_at(problem, point + middle * (target - point))
+        if found <= bound:
+            high, at_end = middle, found
+        else:
+            low = middle
+    return point + high * (target - point), {"toward": name, "share": high, "constraint_before": value}
+
+
+def explain(status: str, violated: bool, bound: float, known: Sequence[Known], moved: dict[str, Any] | None) -> str:
+    """Return the message of the result; where g > ε, with the least g that was found."""
+    message = MESSAGES[status]
+    if moved is not None and status == STALLED:
+        message = "the point was moved to hold the constraint, and there the certificate does not hold; raise tol"
+    if violated:
+        name, _, least = min(known, key=lambda candidate: candidate[2])
+        message += f". The constraint is violated: the least value found is {least:.6g}, at the {name}"
+        message += (
+            f", against the bound {bound:.6g}. The bound may be out of reach over this domain: raise it, or add rounds"
+            if least > bound
+            else f", which is within the bound {bound:.6g}: repair=True moves the last point until it is, too"
+        )
+    return message
