@@ -11,20 +11,44 @@ from typing import TYPE_CHECKING, Any
 from .errors import FederationError
 
 if TYPE_CHECKING:
-    from .clients import TaskClient, fit_all
+    from .clients import TaskClient, UpdateCache, fit_all
+    from .faults import FAULTS, Faulty, Membership, roster
+    from .partition import dirichlet, iid
     from .replies import Client, Reply
     from .training import Training, train
 
 _MODULES = {
+    "FAULTS": "faults",
     "Client": "replies",
+    "Faulty": "faults",
+    "Membership": "faults",
     "Reply": "replies",
     "TaskClient": "clients",
     "Training": "training",
+    "UpdateCache": "clients",
+    "dirichlet": "partition",
     "fit_all": "clients",
+    "iid": "partition",
+    "roster": "faults",
     "train": "training",
 }
 
-__all__ = ["Client", "FederationError", "Reply", "TaskClient", "Training", "fit_all", "train"]
+__all__ = [
+    "FAULTS",
+    "Client",
+    "Faulty",
+    "FederationError",
+    "Membership",
+    "Reply",
+    "TaskClient",
+    "Training",
+    "UpdateCache",
+    "dirichlet",
+    "fit_all",
+    "iid",
+    "roster",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,32 @@
-"""Clients that live in this process: one task each, trained on in place of a device far away."""
+"""Clients that live in this process: one task each, trained on in place of a device far away.
+
+A cache keeps what they trained: runs that differ in the server step only share their first round, and a run that was
+killed finds again what its clients had sent.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from ..objectives.models import Model
+from ..objectives.models import Model, ModuleModel
 from ..objectives.statistics import fisher_diagonal
 from ..objectives.task import Task
 from .errors import FederationError
@@ -18,15 +36,21 @@ from .training import Training, train
 Progress = Callable[[Reply, int, int], Any]
 """(reply that just came, clients done, of how many)"""
 
+FORMAT = 1  # of the cache's entries; part of their keys
+_FISHER = threading.Lock()
+
 
 class TaskClient:
     """A client with the data of one task.
 
-    model: what computes logits; it may be shared, since it keeps no weights. A task that `objectives.joint` made is
-        classified among the classes of all clients, by their frozen text heads, one after the other.
+    model: what computes logits; clients may be given the same one. A task that `objectives.joint` made is classified
+        among the classes of all clients, by their frozen text heads, one after the other.
     limit: train on at most so many samples, balanced over the classes, the same ones in every round.
     fisher: send the diagonal of the Fisher matrix at the trained model, estimated on so many samples of the data with
         one label each drawn from the predictions.
+    cache: where replies are kept.
+
+    Raises FederationError for a task without labels, DataError for one that the model has no head for.
     """
 
     def __init__(
@@ -38,6 +62,7 @@ class TaskClient:
         *,
         limit: int | None = None,
         fisher: int | None = None,
+        cache: UpdateCache | None = None,
     ) -> None:
         if task.labels is None:
             raise FederationError(
@@ -47,11 +72,14 @@ class TaskClient:
         for option, value in (("limit", limit), ("fisher", fisher)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise FederationError(f"client {name!r}: {option} must be an integer of at least 1, got {value!r}.")
+        model.check_task(task)
         self.name = name
-        self.model = model
+        self.model = separate(model)
         self.training = Training() if training is None else training
         self.task = task if limit is None or limit >= len(task) else task.subset(limit, self.training.seed)
         self.fisher = fisher
+        self.cache = cache
+        self._data: str | None = None
 
     @property
     def samples(self) -> int:
@@ -59,7 +87,24 @@ class TaskClient:
         return len(self.task)
 
     def fit(self, weights: Weights, round: int) -> Reply:
-        """Train from these weights, which are not changed; metrics: mean loss of the first and the last epoch."""
+        """Train from these weights, which are not changed; metrics: mean training loss of the first and last epoch.
+
+        A reply from the cache is the one that was trained, with the seconds that the training took.
+        """
+        if self.cache is None:
+            return self._fit(weights, round)
+        key = self.key(weights, round)
+        reply = self.cache.get(key)
+        if reply is None:
+            reply = self._fit(weights, round)
+            self.cache.put(key, reply)
+            return reply
+        assert isinstance(reply.weights, Mapping)
+        devices = {name: tensor.device for name, tensor in weights.items()}
+        found = {name: reply.weights[name].to(device) for name, device in devices.items()}
+        return Reply(**{**vars(reply), "weights": found})
+
+    def _fit(self, weights: Weights, round: int) -> Reply:
         began = time.perf_counter()
         losses: list[float] = []
         found, steps = train(
@@ -74,9 +119,10 @@ class TaskClient:
         fisher = None
         if self.fisher is not None:
             full = {n: t.float() if t.is_floating_point() and t.itemsize < 4 else t for n, t in found.items()}
-            seed = self.training.seed
-            kept = {"estimator": "sampled", "samples": self.fisher, "seed": seed}
-            fisher = fisher_diagonal(self.model, full, self.task, **kept).tensors
+            with _FISHER:  # seeds torch's global generator for a while, and sets the number of threads
+                fisher = fisher_diagonal(
+                    self.model, full, self.task, estimator="sampled", samples=self.fisher, seed=self.training.seed
+                ).tensors
         return Reply(
             self.name,
             found,
@@ -88,21 +134,173 @@ class TaskClient:
             fisher=fisher,
         )
 
+    def key(self, weights: Weights, round: int) -> str:
+        """SHA-256 of all that the reply depends on: data, model, settings, round and the weights that it starts from.
+
+        The inputs count in full where they are a tensor; of files, as `Task.fingerprint` counts them.
+        """
+        if self._data is None:
+            inputs = {"inputs": self.task.inputs} if isinstance(self.task.inputs, Tensor) else {}
+            self._data = digest(inputs)
+        parts = {
+            "format": FORMAT,
+            "client": self.name,
+            "round": round,
+            "training": asdict(self.training),
+            "fisher": self.fisher,
+            "task": self.task.fingerprint,
+            "texts": [asdict(texts) for texts in self.task.texts],
+            "data": self._data,
+            "model": self.model.describe(),
+            "frozen": digest(self._frozen(weights)),
+            "anchor": digest(weights),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _frozen(self, weights: Weights) -> dict[str, Tensor]:
+        """Tensors that the logits depend on beside the weights."""
+        model: Any = self.model
+        found = {}
+        if callable(getattr(model, "head", None)):
+            found["(head)"] = model.head(self.task)
+        for name in ("logit_scale", "logit_bias"):
+            if isinstance(getattr(model, name, None), Tensor):
+                found[f"({name})"] = getattr(model, name)
+        incomplete = any(name not in weights for name in model.parameter_names)
+        if hasattr(model, "base_weights") and (incomplete or isinstance(model, ModuleModel)):
+            found.update({n: t for n, t in model.base_weights().items() if n not in weights})
+        return found
+
+
+def separate(model: Model) -> Model:
+    """The same model for use in another thread: a call puts its weights in place of a module's own, so that two calls
+    at once would see each other's. The modules are copied; their tensors, heads and the like are shared."""
+    found = copy.copy(model)
+    for name, value in vars(model).items():
+        if isinstance(value, nn.Module):
+            shared = {id(tensor): tensor for tensor in itertools.chain(value.parameters(), value.buffers())}
+            setattr(found, name, copy.deepcopy(value, cast(dict[int, Any], shared)))
+    return found
+
+
+class UpdateCache:
+    """Replies in a folder, one safetensors file each, named by what they depend on.
+
+    Any number of processes may use the folder at once: a file appears whole or not at all. Entries that are damaged
+    (each holds the sum of its tensors) are announced by a warning and count as absent; the next reply replaces them.
+    Nothing is ever removed; delete the folder to be rid of it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.hits = 0
+        """Replies that were found since this object was made."""
+        self.misses = 0
+        """Replies that were asked for and not there."""
+
+    def path(self, key: str) -> Path:
+        """File of the reply with this key."""
+        return self.folder / f"{key}.safetensors"
+
+    def get(self, key: str) -> Reply | None:
+        """The reply of this key, on the CPU, if there is one."""
+        path = self.path(key)
+        try:
+            reply = _read(path)
+        except FileNotFoundError:
+            reply = None
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(f"the kept reply {path} is damaged ({error}); its client trains again", stacklevel=2)
+            reply = None
+        self.hits += reply is not None
+        self.misses += reply is None
+        return reply
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep a reply that has weights in memory."""
+        if not isinstance(reply.weights, Mapping):
+            raise FederationError(f"client {reply.client!r}: only a reply that holds its weights in memory is kept.")
+        tensors = {f"weights/{name}": _plain(tensor) for name, tensor in reply.weights.items()}
+        tensors.update({f"fisher/{name}": _plain(tensor) for name, tensor in (reply.fisher or {}).items()})
+        fields = {k: v for k, v in vars(reply).items() if k not in ("weights", "fisher")}
+        fields["metrics"] = dict(reply.metrics)
+        header = {"reply": json.dumps(fields), "fisher": str(reply.fisher is not None), "sum": digest(tensors)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        os.close(handle)
+        try:
+            save_file(tensors, partial, metadata=header)
+            Path(partial).replace(self.path(key))
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+
+def _read(path: Path) -> Reply:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if digest(tensors) != header["sum"]:
+        raise ValueError("its tensors are not those that were written")
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "fisher": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        parts[kind][rest] = tensor
+    fisher = parts["fisher"] if header["fisher"] == "True" else None
+    return Reply(**json.loads(header["reply"]), weights=parts["weights"], fisher=fisher)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU that shares its memory with no other tensor."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and all bytes; the order of the names does not matter."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
 
 def fit_all(
-    clients: Sequence[Client], weights: Weights, round: int, *, progress: Progress | None = None
+    clients: Sequence[Client], weights: Weights, round: int, workers: int = 1, progress: Progress | None = None
 ) -> list[Reply]:
-    """The replies of all clients, in their order. A client that raises has a reply without weights that says why."""
-    replies = []
-    for client in clients:
-        began = time.perf_counter()
-        try:
-            reply = client.fit(weights, round)
-        except Exception as error:
-            seconds = time.perf_counter() - began
-            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            reply = Reply(client.name, None, round, samples=client.samples, steps=0, seconds=seconds, error=text)
+    """The replies of all clients, in their order. A client that raises has a reply without weights that says why.
+
+    workers: clients that train at once, in threads of this process. With more than one, torch should have
+    cores / workers threads (`torch.set_num_threads`). The replies do not depend on it.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise FederationError(f"fit_all: workers must be an integer of at least 1, got {workers!r}.")
+    replies: list[Reply] = []
+    for reply in _replies(clients, weights, round, min(workers, max(len(clients), 1))):
         replies.append(reply)
         if progress is not None:
             progress(reply, len(replies), len(clients))
     return replies
+
+
+def _replies(clients: Sequence[Client], weights: Weights, round: int, workers: int) -> Iterator[Reply]:
+    if workers == 1:
+        for client in clients:
+            yield _reply(client, weights, round)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(lambda client: _reply(client, weights, round), clients)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _reply(client: Client, weights: Weights, round: int) -> Reply:
+    began = time.perf_counter()
+    try:
+        return client.fit(weights, round)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        seconds = time.perf_counter() - began
+        return Reply(client.name, None, round, samples=client.samples, steps=0, seconds=seconds, error=text)

@@ -139,7 +139,8 @@ def _descend(
     assert task.labels is not None
     labels = task.labels.to(model.device)
     anchor = [leaf.detach().clone() for leaf in leaves] if options.proximal else []
-    optimizer = torch.optim.AdamW(leaves, lr=options.lr, weight_decay=options.weight_decay)
+    fused = model.device.type in ("cpu", "cuda")  # one pass over each tensor in place of a dozen
+    optimizer = torch.optim.AdamW(leaves, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     steps = options.epochs * math.ceil(len(task) / options.batch)
     step = 0
     for epoch in range(options.epochs):
