@@ -13,20 +13,27 @@ from .errors import FederationError
 if TYPE_CHECKING:
     from .clients import TaskClient, UpdateCache, fit_all
     from .faults import FAULTS, Faulty, Membership, roster
+    from .oracle import LocalScorer, RemoteClient, RemotePool, RemoteProblem, Traffic, federated_frank_wolfe
     from .partition import dirichlet, iid
     from .replies import Client, Reply
     from .training import Training, train
 
 _MODULES = {
-    "FAULTS": "faults",
     "Client": "replies",
+    "FAULTS": "faults",
     "Faulty": "faults",
+    "LocalScorer": "oracle",
     "Membership": "faults",
+    "RemoteClient": "oracle",
+    "RemotePool": "oracle",
+    "RemoteProblem": "oracle",
     "Reply": "replies",
     "TaskClient": "clients",
+    "Traffic": "oracle",
     "Training": "training",
     "UpdateCache": "clients",
     "dirichlet": "partition",
+    "federated_frank_wolfe": "oracle",
     "fit_all": "clients",
     "iid": "partition",
     "roster": "faults",
@@ -38,12 +45,18 @@ __all__ = [
     "Client",
     "Faulty",
     "FederationError",
+    "LocalScorer",
     "Membership",
+    "RemoteClient",
+    "RemotePool",
+    "RemoteProblem",
     "Reply",
     "TaskClient",
+    "Traffic",
     "Training",
     "UpdateCache",
     "dirichlet",
+    "federated_frank_wolfe",
     "fit_all",
     "iid",
     "roster",
