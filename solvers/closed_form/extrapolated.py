@@ -59,7 +59,7 @@ class FedExP(Linear):
 
 @dataclass(frozen=True)
 class Stable(Linear):
-    """θ = θ0 + s Σ τ_i,   s = safety / λ_max(C),   C_ij = cos(τ_i, τ_j): the longest step that rounds of it bear.
+    """θ = θ0 + s Σ τ_i,   s = safety / λ_max(C),   C_ij = cos(τ_i, τ_j): short enough that rounds converge.
 
     In the quadratic model in which expert i's loss is ½ ‖P_i (θ − θ_i)‖², P_i the projector on its own direction
     u_i = τ_i / ‖τ_i‖, the step is gradient descent, θ ← θ + s Σ P_i (θ_i − θ): at θ0, P_i (θ_i − θ0) = τ_i.

@@ -244,7 +244,7 @@ MERGES: dict[str, Entry] = {
     ),
     "stable": Entry(
         "extrapolated:Stable",
-        "Base plus the sum of task vectors, as long as repeated rounds bear: 1 / λ_max of their cosines.",
+        "Base plus the sum of task vectors over λ_max of their cosines: a step that repeated rounds bear.",
         "Gradient descent on a quadratic: Nesterov (2018), Lectures on Convex Optimization, section 2.1",
     ),
 }

@@ -124,13 +124,15 @@ class GeometricMedian(Linear):
     def coefficients(self, pool: Pool) -> tuple[Matrix, Blocks]:
         """Return the coefficients of the median, which are not negative and sum to 1."""
         found = expert_weights(self.weights, pool, self, default=1.0)
-        if (found < 0).any() or found.sum() == 0:
+        if (found < 0).any() or not found.any():
             raise OptionError(
                 "The 'weights' parameter of GeometricMedian must hold numbers of 0 or more that are not all 0. "
                 f"Got {dict(zip(pool.names, found.tolist(), strict=True))!r} instead."
             )
-        gram = whole_gram(pool)
-        return one_row(pool, weiszfeld(gram, found / found.sum(), self.smoothing, self.max_iter, self.tol))
+        shares = found / found.max()
+        return one_row(
+            pool, weiszfeld(whole_gram(pool), shares / shares.sum(), self.smoothing, self.max_iter, self.tol)
+        )
 
 
 def weiszfeld(gram: Matrix, shares: Matrix, smoothing: float, max_iter: int, tol: float) -> Matrix:
@@ -160,7 +162,9 @@ class Krum(Linear):
     name wins.
     """
 
-    source: ClassVar[str] = "Blanchard et al. (2017), Machine Learning with Adversaries, sections 3 and 5"
+    source: ClassVar[str] = (
+        "Blanchard et al. (2017), Machine Learning with Adversaries, the Krum function and multi-Krum"
+    )
     passes: ClassVar[int] = 2
 
     byzantine: int | None = None

@@ -603,11 +603,19 @@ CASES = {
 }
 """Options that each method is tried with: the defaults first, then what its variants need."""
 
-EXPERTS = {"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2, "tall-mask": 1}
-"""Methods for a certain number of experts."""
-
 FEWEST = {"krum": 5}
 """Methods that need some experts at least, with the options that they are tried with."""
+
+
+class Counts(dict):
+    """How many experts a method takes; `get` says how many to try it with instead of n."""
+
+    def get(self, method, n):
+        return max(FEWEST.get(method, 1), super().get(method, n))
+
+
+EXPERTS = Counts({"analogy": 3, "wise-ft": 1, "expo": 1, "slerp": 2, "tall-mask": 1})
+"""Methods for a certain number of experts."""
 
 ORDERED = {"analogy", "swa", "ema", "slerp"}
 """Methods for which the order of the experts means something."""
@@ -673,7 +681,6 @@ def tables():
         references=REFERENCES,
         cases=CASES,
         experts=EXPERTS,
-        fewest=FEWEST,
         ordered=ORDERED,
         summing={**SUMMING, **DECOMPOSING},
         decomposing=DECOMPOSING,
