@@ -23,9 +23,9 @@ from ..replies import Reply, Weights
 WEIGHTS, FISHER, METRICS, REPLY = "weights", "fisher", "metrics", "reply"
 
 _NATIVE = {
-    getattr(torch, name)
-    for name in "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()
-} | {torch.complex64, torch.complex128}
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),
+    *(torch.int64, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+}
 _BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
@@ -43,7 +43,7 @@ def _to_array(name: str, tensor: torch.Tensor) -> Array:
     values = tensor.detach().cpu()
     if values.layout is not torch.strided or values.is_quantized:
         raise FederationError(
-            f"flower: tensor '{name}' is {tensor.layout} of {tensor.dtype}; only dense tensors travel. Call .to_dense()."
+            f"flower: tensor '{name}' is {tensor.layout} of {tensor.dtype}; only dense tensors travel."
         )
     if values.dtype not in _NATIVE:
         values = values.contiguous().view(_BITS[values.element_size()])
@@ -95,8 +95,8 @@ def to_reply(message: Message, *, client: str, round: int) -> Reply:
     error messages. A content that cannot be read is a reply with an error: one client must not end the round.
     """
     if message.has_error():
-        reason = (message.error.reason or "no reason given").strip()
-        return Reply(client, None, round, error=f"Flower error {message.error.code}: {reason}")
+        lines = (message.error.reason or "no reason given").strip().splitlines()  # may end a traceback
+        return Reply(client, None, round, error=f"Flower error {message.error.code}: {lines[-1]}")
     try:
         return _from_content(message.content)
     except (FederationError, KeyError, TypeError, ValueError) as error:

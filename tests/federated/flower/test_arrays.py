@@ -130,5 +130,5 @@ def test_an_array_that_contradicts_itself_is_named(array, words):
 
 
 def test_sparse_tensors_are_refused_by_name():
-    with pytest.raises(FederationError, match="'w' is torch.sparse_coo"):
+    with pytest.raises(FederationError, match=r"'w' is torch\.sparse_coo"):
         to_arrays({"w": torch.eye(2).to_sparse()})

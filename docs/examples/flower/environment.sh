@@ -1,0 +1,52 @@
+# What both scripts share: a home for Flower that is thrown away, and processes that end with the script.
+export FLWR_HOME FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+app=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+FLWR_HOME=$(mktemp -d)
+logs=$FLWR_HOME/logs
+mkdir "$logs"
+groups=()
+
+# Each process leads a group, so that what it starts ends with it.
+launch() { # launch NAME COMMAND...
+  local name=$1
+  shift
+  setsid "$@" >"$logs/$name.log" 2>&1 &
+  groups+=($!)
+}
+
+finish() {
+  local status=$?
+  trap - EXIT INT TERM
+  for group in "${groups[@]}"; do kill -TERM -- "-$group" 2>/dev/null || true; done
+  for _ in $(seq 50); do
+    alive=0
+    for group in "${groups[@]}"; do kill -0 -- "-$group" 2>/dev/null && alive=1; done
+    [ "$alive" = 0 ] && break
+    sleep 0.2
+  done
+  for group in "${groups[@]}"; do kill -KILL -- "-$group" 2>/dev/null || true; done
+  if [ "$status" != 0 ]; then
+    for log in "$logs"/*.log; do
+      echo "--- last lines of $(basename "$log")"
+      tail -n 15 "$log"
+    done
+  fi
+  rm -rf "$FLWR_HOME"
+  exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+free_port() {
+  python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+wait_for_port() { # wait_for_port PORT: until something listens there
+  for _ in $(seq 120); do
+    (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return
+    sleep 0.5
+  done
+  echo "nothing listens on 127.0.0.1:$1 after 60 s" >&2
+  return 1
+}
