@@ -8,9 +8,9 @@ by hand are muted, the others have one hue a method; a band or a bar spans least
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -24,11 +24,11 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from .figures import _spread, columns_of, save_figure, shorten
+from .figures import columns_of, save_figure, shorten
 from .palette import COLOURS, GREY, INK
 from .rounds import FederatedRun, Study, Sweep
 from .run import RunError
-from .standings import PARTS
+from .standings import PARTS, unfinished
 from .tables import size
 
 Array = NDArray[np.float64]
@@ -47,12 +47,13 @@ def _saved(
 ) -> Callable[Concatenate[Data, Path, Options], Path]:
     """Turn a function that draws into one that writes what it drew to a path."""
 
-    @wraps(draw)
-    def save(data: Data, path: Path, *args: Options.args, **kwargs: Options.kwargs) -> Path:
+    def save(data: Data, path: Path, /, *args: Options.args, **kwargs: Options.kwargs) -> Path:
         form = path.suffix[1:] or "png"
         path.parent.mkdir(parents=True, exist_ok=True)
         return save_figure(lambda: draw(data, *args, **kwargs), path.with_suffix(""), (form,))[0]
 
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(save, name, getattr(draw, name))
     return save
 
 
@@ -102,7 +103,7 @@ def _canvas(width: float, height: float) -> Figure:
 def _round_axis(axes: Axes, first: float, last: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
-    axes.set_xlim(first, last if last > first else first + 1)
+    axes.set_xlim(first, last) if last > first else axes.set_xlim(first - 0.5, first + 0.5)
 
 
 @dataclass(frozen=True)
@@ -119,26 +120,46 @@ def _label_ends(axes: Axes, ends: Sequence[_End], height: float) -> None:
     """Write names to the right of axes of this height (inches), in the order of the ends, tied to them by a line."""
     if not ends:
         return
-    low, high = axes.get_ylim()
-    gap = (high - low) * ROW / height
-    middle, half = (low + high) / 2, gap * len(ends) / 2
-    heights = np.asarray([end.y for end in ends], dtype=np.float64)
-    placed = _spread(heights, gap, min(low, middle - half), max(high, middle + half))
+    data = axes.transData.transform([(end.x, end.y) for end in ends])
+    heights = axes.transAxes.inverted().transform(data)[:, 1]
+    gap = ROW / height
+    spare = max(0.0, gap * len(ends) - 1) / 2
+    placed = apart(heights, gap, -spare, 1 + spare)
+    edge = axes.get_xlim()[1]
     for y, end in zip(placed, ends, strict=True):
         axes.annotate(
             shorten(end.name),
             xy=(end.x, end.y),
             xytext=(1.045, float(y)),
-            textcoords=("axes fraction", "data"),
+            textcoords="axes fraction",
             va="center",
             fontsize=7.5,
             color=_legible(end.colour),
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": end.colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 1,
-                "relpos": (0, 0.5),
+                "relpos": (0, 0.5), "linestyle": "-" if end.x > 0.9 * edge else ":",
             },
         )  # fmt: skip
+
+
+def apart(values: Array, gap: float, low: float, high: float) -> Array:
+    """Return the positions nearest to `values` in least squares that are `gap` apart and inside [low, high].
+
+    Positions less their rank times the gap are an isotonic regression, found by pooling neighbours that violate it.
+    """
+    order = np.argsort(values, kind="stable")
+    blocks: list[tuple[float, int]] = []  # mean and size
+    for k, value in enumerate(np.asarray(values, dtype=np.float64)[order]):
+        mean, count = float(value) - k * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            before, more = blocks.pop()
+            mean, count = (mean * count + before * more) / (count + more), count + more
+        blocks.append((mean, count))
+    level = np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
+    result = np.empty(len(values))
+    result[order] = np.clip(level, low, max(low, high - (len(values) - 1) * gap)) + gap * np.arange(len(values))
+    return result
 
 
 def _legible(colour: str) -> str:
@@ -196,18 +217,18 @@ def accuracy(study: Study) -> Figure:
     panels = [panel for panel in panels if any(np.isfinite(study.series(s, panel[0])[1]).any() for s in study.steps)]
     if not panels:
         raise RunError(f"study '{study.name}': no round has an accuracy yet. Wait for the first evaluation.")
-    height = max(3.4, 0.9 + ROW * len(study.steps))
+    height = max(3.4, 0.9 + ROW * (len(study.steps) + 1))
+    last = max(run.planned for runs in study.runs.values() for run in runs)
     figure = _canvas(5.4 * len(panels), height)
     for axes, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         ends = [_draw_curve(axes, *_curve(study, step, key), look, step) for step, look in found.items()]
         start = study.start(key)
         if np.isfinite(start).any():
             axes.axhline(float(np.nanmean(start)), color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-            axes.annotate("zero-shot", (0.01, float(np.nanmean(start))), (0, 2), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", fontsize=7.5, color="#555555")  # fmt: skip
+            ends.append(_End(float(last), float(np.nanmean(start)), "zero-shot", INK))
         axes.grid(axis="y")
         axes.set_title(label)
-        _round_axis(axes, 0, max(float(run.planned) for runs in study.runs.values() for run in runs))
+        _round_axis(axes, 0, last)
         _label_ends(axes, [end for end in ends if end], height - 0.8)
     return figure
 
@@ -243,29 +264,32 @@ def frontier(study: Study) -> Figure:
         )
     start = (float(np.nanmean(study.start("reference"))), float(np.nanmean(study.start("mean"))))
     names: list[_Name] = []
+    strokes: list[Array] = []  # lines that names should not cross
     bound_of: dict[str, float] = {}
     for sweep in _bounds(study):
         inside = [step for step in sweep.steps if step in points]
         colour = found[sweep.steps[0]].colour
-        axes.plot(*zip(*(points[step] for step in inside), strict=True), color=colour, linewidth=1.2, zorder=4)
+        if inside:
+            strokes.append(np.asarray([points[step] for step in inside]))
+            axes.plot(*strokes[-1].T, color=colour, linewidth=1.2, zorder=4)
         for step, value in zip(sweep.steps, sweep.values, strict=True):
             bound_of[step] = value
         if inside:
             names.append(_Name(*points[inside[len(inside) // 2]], sweep.method, colour, 8.5, bold=True))
     for step, point in points.items():
-        text = f"ε = {bound_of[step]:g}" if step in bound_of else step
+        text = (f"ε = {bound_of[step]:g}" if step in bound_of else step) + unfinished(study, step)
         names.append(_Name(*point, text, found[step].colour, 7.5 if study.fixed(step) or step in bound_of else 8.5,
                            bold=not study.fixed(step) and step not in bound_of))  # fmt: skip
     if np.isfinite(start).all():
         axes.plot(*start, marker="*", markersize=12, color=INK, zorder=6, linestyle="none", markeredgecolor="white")
         names.insert(0, _Name(*start, "zero-shot", INK, 8.5))
     axes.margins(0.1)
-    _shade(axes, [point for step, point in points.items() if study.fixed(step)])
+    strokes += _shade(axes, [point for step, point in points.items() if study.fixed(step)])
     axes.grid()
     axes.set_axisbelow(True)
     axes.set_xlabel("reference accuracy (%)")
     axes.set_ylabel("client mean (%)")
-    _place(figure, axes, names)
+    _place(figure, axes, names, strokes)
     return figure
 
 
@@ -278,10 +302,10 @@ def _reach(values: Array) -> Array:
     return np.asarray([[values.mean() - values.min()], [values.max() - values.mean()]])
 
 
-def _shade(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Shade what any of the points dominates, and mark the corner that dominates all of them."""
+def _shade(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Array]:
+    """Shade what any of the points dominates, and mark the corner that dominates all of them; return its lines."""
     if not points:
-        return
+        return []
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
@@ -291,7 +315,9 @@ def _shade(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.fill_between(xs, bottom, [best[0], *best], step="pre", color="#000000", alpha=0.045, linewidth=0, zorder=0)
     corner = (max(x for x, _ in points), max(y for _, y in points))
     line: dict[str, Any] = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
-    axes.plot([corner[0], corner[0], right], [top, corner[1], corner[1]], **line)
+    edge = np.asarray([(corner[0], top), corner, (right, corner[1])])
+    axes.plot(*edge.T, **line)
+    return [edge]
 
 
 @dataclass(frozen=True)
@@ -306,47 +332,55 @@ class _Name:
     bold: bool = False
 
 
-def _place(figure: Figure, axes: Axes, names: Sequence[_Name]) -> None:
-    """Write each name beside its point where it covers no point, line of points or other name; far ones get a line.
+def _place(figure: Figure, axes: Axes, names: Sequence[_Name], strokes: Sequence[Array]) -> None:
+    """Write each name beside its point where it covers no point and no other name, and no line if that can be.
 
-    A name that fits nowhere is left out.
+    A name that had to go far from its point is tied to it; one that fits nowhere is left out.
     """
     figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the axes stay where the names are placed
     frame = axes.get_window_extent()
-    dots = 1 / 72 * figure.dpi
-    taken = [Bbox.from_bounds(x - 4 * dots, y - 4 * dots, 8 * dots, 8 * dots)
-             for x, y in axes.transData.transform([(name.x, name.y) for name in names])]  # fmt: skip
-    figure.set_layout_engine("none")  # the axes stay where the names were placed
+    dots = figure.dpi / 72
+    taken = [_around(point, 4 * dots) for point in axes.transData.transform([(name.x, name.y) for name in names])]
+    crossed = [_around(point, dots) for line in strokes for point in _along(axes.transData.transform(line), 3 * dots)]
     for name in names:
-        style: dict[str, Any] = {"fontsize": name.size, "color": _legible(name.colour),
-                                 "fontweight": "bold" if name.bold else "normal", "zorder": 7}  # fmt: skip
-        label = axes.annotate(shorten(name.text), (name.x, name.y), (0, 0), textcoords="offset points", **style)
-        box = label.get_window_extent()
-        label.remove()
-        spot = _free_spot(axes.transData.transform((name.x, name.y)), box, frame, taken, dots)
-        if spot is None:
+        style: dict[str, Any] = {"fontsize": name.size, "color": _legible(name.colour), "zorder": 7}
+        style["fontweight"] = "bold" if name.bold else "normal"
+        probe = axes.annotate(shorten(name.text), (name.x, name.y), (0, 0), textcoords="offset points", **style)
+        box = probe.get_window_extent()
+        probe.remove()
+        spots = [spot for spot in _spots(axes.transData.transform((name.x, name.y)), box, dots)
+                 if frame.x0 <= spot[0].x0 and spot[0].x1 <= frame.x1 and frame.y0 <= spot[0].y0
+                 and spot[0].y1 <= frame.y1 and not any(spot[0].overlaps(other) for other in taken)]  # fmt: skip
+        clear = [spot for spot in spots if not any(spot[0].overlaps(other) for other in crossed)]
+        if not spots:
             continue
-        taken.append(spot[0])
-        arrow = {"arrowstyle": "-", "color": name.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+        spot, far = (clear or spots)[0]
+        taken.append(spot)
+        arrow = {"arrowstyle": "-", "color": name.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         axes.annotate(
-            shorten(name.text), (name.x, name.y), (spot[0].x0 / dots, spot[0].y0 / dots), textcoords="figure points",
-            arrowprops=arrow if spot[1] else None, va="bottom", **style,
+            shorten(name.text), (name.x, name.y), (spot.x0 / dots, spot.y0 / dots), textcoords="figure points",
+            arrowprops=arrow if far else None, va="bottom", **style,
         )  # fmt: skip
 
 
-def _free_spot(point: Array, box: Bbox, frame: Bbox, taken: Sequence[Bbox], dots: float) -> tuple[Bbox, bool] | None:
-    """Return the nearest free box for a text of this size, and whether it needs a line to its point."""
+def _around(point: Array, reach: float) -> Bbox:
+    return Bbox.from_extents(point[0] - reach, point[1] - reach, point[0] + reach, point[1] + reach)
+
+
+def _along(line: Array, distance: float) -> Array:
+    """Points on a line through the given points, at most this distance apart."""
+    pieces = [np.linspace(a, b, 2 + int(np.linalg.norm(b - a) / distance)) for a, b in itertools.pairwise(line)]
+    return np.concatenate([line, *pieces])
+
+
+def _spots(point: Array, box: Bbox, dots: float) -> Iterator[tuple[Bbox, bool]]:
+    """Boxes for a text of this size around a point, nearest first, and whether they need a line to it."""
     for reach in (5, 11, 18, 26, 36, 48, 62, 80):
         for angle in (0, 180, 90, 270, 35, 145, 325, 215, 60, 120, 300, 240):
-            direction = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
-            x, y = point + direction * reach * dots
-            x += {1: 0.0, -1: -box.width, 0: -box.width / 2}[int(np.sign(np.round(direction[0], 3)))]
-            y += {1: 0.0, -1: -box.height, 0: -box.height / 2}[int(np.sign(np.round(direction[1], 3)))]
-            spot = Bbox.from_bounds(x, y, box.width, box.height)
-            inside = frame.x0 <= spot.x0 and spot.x1 <= frame.x1 and frame.y0 <= spot.y0 and spot.y1 <= frame.y1
-            if inside and not any(spot.overlaps(other) for other in taken):
-                return spot, reach > 11
-    return None
+            direction = np.round([np.cos(np.radians(angle)), np.sin(np.radians(angle))], 6)
+            x, y = point + direction * reach * dots + (np.sign(direction) - 1) / 2 * [box.width, box.height]
+            yield Bbox.from_bounds(x, y, box.width, box.height), reach > 5
 
 
 @_saved
@@ -395,7 +429,7 @@ def cosines(run: FederatedRun) -> Figure:
     off = off[np.isfinite(off)]
     bound = max(0.1, float(np.abs(off).max(initial=0.0)))
     largest = max(len(names) for _, names, _ in pictures)
-    side = min(9.0, 1.5 + 0.36 * max(largest, 4))
+    side = min(9.0, 1.5 + 0.36 * max(largest, 6))
     figure = _canvas(len(pictures) * side + 0.7, side + 0.3)
     grid = figure.subplots(1, len(pictures), squeeze=False)[0]
     for axes, (number, names, matrix) in zip(grid, pictures, strict=True):
@@ -472,7 +506,7 @@ def coefficients(runs: Sequence[FederatedRun]) -> Figure:
 def cost(study: Study) -> Figure:
     """Seconds of the server a round by part, and bytes down and up a round, one bar a step (means of all rounds)."""
     steps = study.steps
-    figure = _canvas(10.0, 1.5 + 0.24 * len(steps))
+    figure = _canvas(10.0, max(0.6, 0.24 * len(steps)) + 1.1)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.7, 1])
     at = np.arange(len(steps))
     used, total = np.zeros(len(steps)), _means(study, "seconds", "server")
@@ -492,7 +526,7 @@ def cost(study: Study) -> Figure:
     left.set_ylim(len(steps) - 0.4, -0.6)
     left.set_yticks(at, [shorten(step) for step in steps])
     left.set_title("seconds of the server a round")
-    for offset, way, colour in ((-0.17, "down", "#8796A5"), (0.17, "up", "#332288")):
+    for offset, way, colour in ((-0.17, "down", "#B4BCC4"), (0.17, "up", "#5F6B73")):
         values = _means(study, "bytes", way)
         right.barh(at + offset, values, height=0.32, color=colour, label=way)
         for y, value in zip(at + offset, values, strict=True):
@@ -505,8 +539,12 @@ def cost(study: Study) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-        axes.legend(fontsize=7.5, ncols=7, loc="upper left", bbox_to_anchor=(0, -0.1), borderaxespad=1, handlelength=1,
-                    columnspacing=1)  # fmt: skip
+    sides: tuple[tuple[Axes, Any], ...] = ((left, "outside lower left"), (right, "outside lower right"))
+    for axes, side in sides:
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc=side, ncols=len(PARTS) + 1, fontsize=7.5,
+            handlelength=1, columnspacing=1,
+        )  # fmt: skip
     return figure
 
 
@@ -535,14 +573,18 @@ def constraint(study: Study) -> Figure:
     top, bottom = figure.subplots(2, 1, sharex=True)
     ends: list[_End] = []
     lower: list[_End] = []
+    bounds: list[Array] = []
+    losses: list[Array] = []
     first, last = np.inf, -np.inf
     for step in steps:
         rounds, loss = study.series(step, "method", "reference_loss")
         first, last = min(first, float(rounds[0])), max(last, float(rounds[-1]))
         end = _draw_curve(top, rounds, loss, found[step], step)
         bound = _over_seeds(study.series(step, "method", "bound")[1])[0]
-        top.plot(rounds, bound, color=found[step].colour, linewidth=1.0, linestyle=(0, (4, 2)),
-                 marker="_" if len(rounds) == 1 else None, markersize=14)  # fmt: skip
+        alone = {"marker": "_", "markersize": 14} if len(rounds) == 1 else {}
+        top.plot(rounds, bound, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=4, **alone)
+        bounds.append(bound)
+        losses.append(loss)
         ends += [end] if end else []
         end = _draw_curve(bottom, rounds, study.series(step, "method", "multiplier")[1], found[step], step)
         lower += [end] if end else []
@@ -550,7 +592,16 @@ def constraint(study: Study) -> Figure:
         axes.grid(axis="y")
     top.set_title("reference loss, dashed: its bound ε")
     bottom.set_title("multiplier of the constraint")
-    top.set_ylim(bottom=min(0.0, top.get_ylim()[0]))
+    known = np.concatenate([values.ravel() for values in (*bounds, *losses)])
+    known = known[np.isfinite(known)]
+    widest = max(float(np.nanmax(bound)) for bound in bounds)
+    if known.min() > 0 and widest > 5 * min(float(np.nanmin(bound)) for bound in bounds):
+        top.set_yscale("log")  # a breach of a small bound shows as large as that of a large one
+        ticks = sorted({float(f"{bound[np.isfinite(bound)][-1]:.3g}") for bound in bounds})
+        top.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        top.minorticks_off()
+    else:
+        top.set_ylim(min(0.0, 1.1 * float(known.min())), 1.1 * float(known.max()))
     _round_axis(bottom, first, last)
     _label_ends(top, ends, height - 0.6)
     _label_ends(bottom, lower, height - 0.6)

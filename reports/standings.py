@@ -25,11 +25,12 @@ PARTS = ("screen", "read", "combine", "objective", "correlate", "write")
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of text: best and second name cells (row, column) to mark; the first column is text, others numbers."""
+    """Cells of text: best and second name cells (row, column) to mark."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
+    text: frozenset[int] = frozenset({0})  # columns of words
     best: frozenset[tuple[int, int]] = frozenset()
     second: frozenset[tuple[int, int]] = frozenset()
     rules: frozenset[int] = frozenset()  # rows that a rule follows
@@ -38,7 +39,9 @@ class Grid:
         """Table for the terminal: best bold, second underlined."""
         table = Table(title=self.title or None, title_justify="left", header_style="bold", box=SIMPLE, pad_edge=False)
         for k, name in enumerate(self.header):
-            table.add_column(name, justify="right" if k else "left", overflow="fold", no_wrap=bool(k))
+            table.add_column(
+                name, justify="left" if k in self.text else "right", overflow="fold", no_wrap=k not in self.text
+            )
         for i, row in enumerate(self.rows):
             cells = [cell.replace("[", r"\[") for cell in row]
             cells = [f"[bold]{cell}[/bold]" if (i, j) in self.best else cell for j, cell in enumerate(cells)]
@@ -51,7 +54,7 @@ class Grid:
     def markdown(self) -> str:
         """GitHub table: best between two stars, second between one, for Markdown cannot underline."""
         lines = ["| " + " | ".join(self.header) + " |"]
-        lines.append("| --- |" + " ---: |" * (len(self.header) - 1))
+        lines.append("|" + "|".join(" --- " if k in self.text else " ---: " for k in range(len(self.header))) + "|")
         for i, row in enumerate(self.rows):
             cells = [cell.replace("|", r"\|") for cell in row]
             cells = [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(cells)]
@@ -70,15 +73,14 @@ def accuracy_table(study: Study) -> Grid:
              _shown(study.start("mean"), spread=False), _shown(study.start("reference"), spread=False))]  # fmt: skip
     for step in study.steps:
         cells = [_shown(study.last(step, "accuracy", task), spread=False) for task in tasks]
-        rows.append((step + _unfinished(study, step), *cells, _shown(study.last(step, "mean")),
+        rows.append((step + unfinished(study, step), *cells, _shown(study.last(step, "mean")),
                      _shown(study.last(step, "reference"))))  # fmt: skip
     best, second = _ranked(rows, range(1, len(rows)), range(1, len(tasks) + 3))
-    fixed = [i for i, step in enumerate(study.steps, start=1) if study.fixed(step)]
-    last_fixed = (
-        {max(fixed)} if fixed and fixed == list(range(1, len(fixed) + 1)) and len(fixed) + 1 < len(rows) else set()
+    kinds = [study.fixed(step) for step in study.steps]
+    rules = frozenset({0, *(i for i in range(1, len(kinds)) if kinds[i - 1] != kinds[i])})
+    return Grid(
+        ("step", *tasks, "client mean", "reference"), tuple(rows), _title(study), best=best, second=second, rules=rules
     )
-    rules = frozenset({0, *last_fixed})
-    return Grid(("step", *tasks, "client mean", "reference"), tuple(rows), _title(study), best, second, rules)
 
 
 def cost_table(study: Study) -> Grid:
@@ -95,7 +97,7 @@ def cost_table(study: Study) -> Grid:
         for way in ("down", "up"):
             mean = _mean(study.series(step, "bytes", way)[1])
             cells.append(DASH if np.isnan(mean) else size(mean))
-        rows.append((step + _unfinished(study, step), *cells))
+        rows.append((step + unfinished(study, step), *cells))
     header = ("step", *parts, "server", "evaluate", "clients", "peak memory", "down", "up")
     return Grid(header, tuple(rows), "seconds and bytes a round" + _seeds(study))
 
@@ -166,7 +168,7 @@ def dominance_table(study: Study) -> Grid:
         "not dominated",
     )
     best = frozenset((i, 1) for i, row in enumerate(rows) if row[1] == "yes")
-    return Grid(header, tuple(rows), "against every step with a fixed scale, in every seed", best)
+    return Grid(header, tuple(rows), "against every step with a fixed scale, in every seed", frozenset({0, 6}), best)
 
 
 def _ranked(
@@ -204,7 +206,7 @@ def _seconds(value: float) -> str:
     return DASH if np.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def _unfinished(study: Study, step: str) -> str:
+def unfinished(study: Study, step: str) -> str:
     """Where the slowest run of a step is, if it is not at its end."""
     late = [run for run in study.runs[step] if not run.finished]
     if not late:
