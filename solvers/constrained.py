@@ -32,7 +32,7 @@ from .solver import Certificate, Solver
 
 Array = np.ndarray[Any, Any]
 Known = tuple[str, Array, float]  # name, coefficients, and g there on all the data
-SHRINK = 0.5  # ρ grows unless the measure of the multiplier shrank to this share of what it was
+SHRINK = 0.25
 BISECTIONS = 30
 
 
@@ -59,7 +59,9 @@ class ConstrainedResult(Result):
     constraint: g at ``coefficients`` on all the data; bound: ε; violation: max(0, g − ε); multiplier: μ ≥ 0;
     penalty: ρ of the last round; complementarity: |μ (g − ε)|. gap, stationarity: of the Lagrangian f + μ g.
     history: a record a round, with g, f, μ and ρ after it. repair: None, or the share of the way to a feasible point
-    ("toward": "start", "base" or "round K") that the last point was moved, and its g before. nit: of all rounds.
+    ("toward": "start", "base" or "round K") that the last point was moved, and its g before. least: where g > ε, a
+    lower bound of g over the whole domain if g is convex (None if there is none, as on the free domain): above ε, it
+    proves that no point holds the constraint. nit: of all rounds.
     """
 
     constraint: float = math.nan
@@ -70,6 +72,7 @@ class ConstrainedResult(Result):
     complementarity: float = math.nan
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
     repair: dict[str, Any] | None = None
+    least: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def solve_constrained(
     solver, start, time_limit (of all rounds), callback: as for :func:`.solve`. rounds: outer iterations, max_iter:
     iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
     earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
-    do not depend on the units of f and g. factor: by which ρ grows when |max(g − ε, −μ/ρ)| did not shrink by half.
+    do not depend on the units of f and g. factor: by which ρ grows when |max(g − ε, −μ/ρ)| did not fall to a quarter.
 
     Optimal when the certificate of the Lagrangian and |μ (g − ε)| are at most max(tol, rtol·|f|), in the units of f,
     and g − ε at most feasibility_tol, in the units of g; all three on all the data, also where the solver saw
@@ -134,7 +137,7 @@ def solve_constrained(
     rho = first_penalty(problem, point, known[0][2]) if penalty is None else float(penalty)
     history: list[dict[str, Any]] = []
     trace: list[dict[str, Any]] = []
-    status, settled = MAX_ITER, math.inf
+    status, settled, peak = MAX_ITER, math.inf, 0
     for outer in range(rounds):
 
         def tagged(line: dict[str, Any], outer: int = outer) -> None:
@@ -148,6 +151,7 @@ def solve_constrained(
             problem, solver, start=point, max_iter=max_iter, tol=tol, rtol=rtol, time_limit=left, callback=tagged
         )
         trace += inner.trace
+        peak = max(peak, inner.peak_memory)
         value = constraint_at(problem, inner.coefficients)
         if inner.status == NONFINITE or not math.isfinite(value):
             status = NONFINITE
@@ -186,6 +190,9 @@ def solve_constrained(
     value = constraint_at(problem, point)
     excess, mu = value - lagrangian.bound, lagrangian.multiplier
     final, certificate = evaluate_lagrangian(problem, solver, point)
+    least = None
+    if mu > 0 and excess > feasibility_tol and status != NONFINITE:
+        least = least_possible(problem, solver, point, value, final.scores)
     kkt = Optimality(certificate, excess, mu)
     holds = kkt.holds(max(tol, rtol * abs(final.value)), feasibility_tol)
     if status not in (NONFINITE, INTERRUPTED):
@@ -198,8 +205,10 @@ def solve_constrained(
         "gap": certificate.gap,
         "stationarity": certificate.stationarity,
         "status": status,
-        "message": explain(status, excess > feasibility_tol, lagrangian.bound, known, moved),
+        "message": explain(status, excess > feasibility_tol, lagrangian.bound, known, moved, least),
         "nit": sum(line["nit"] for line in history),
+        "best_iteration": sum(line["nit"] for line in history[:-1]) + inner.best_iteration,
+        "peak_memory": peak,
         "counts": asdict(problem.counts),
         "data": problem.data_used,
         "seconds": time.monotonic() - began,
@@ -215,6 +224,7 @@ def solve_constrained(
         complementarity=abs(mu * excess),
         history=history,
         repair=moved,
+        least=least,
     )
 
 
@@ -264,6 +274,21 @@ def evaluate_lagrangian(problem: MatrixProblem, solver: Solver, point: Array) ->
     return Evaluation(loss, evaluation.scores, tasks), solver.certificate(problem, point, evaluation)
 
 
+def least_possible(problem: MatrixProblem, solver: Solver, point: Array, value: float, scores: Array) -> float | None:
+    """Return g(Λ) − max_V ⟨∂g/∂Λ, Λ − V⟩, below which no point of the domain goes if g is convex.
+
+    scores: of f + μ g at Λ [rows, n]; without those of f, which are evaluated here, they are those of μ g.
+    """
+    lagrangian = lagrangian_of(problem)
+    multiplier, lagrangian.multiplier = lagrangian.multiplier, 0.0
+    try:
+        alone, _ = evaluate_lagrangian(problem, solver, point)
+    finally:
+        lagrangian.multiplier = multiplier
+    gap = problem.domain.gap(point, (scores - alone.scores) / multiplier)
+    return None if gap is None else value - gap
+
+
 def first_penalty(problem: MatrixProblem, point: Array, value: float) -> float:
     """Return |f| / max(|g|, |ε|)² at Λ; 1 in the place of f or g where it is 0 or not finite."""
     lagrangian = lagrangian_of(problem)
@@ -307,17 +332,20 @@ def repaired(
     return point + high * (target - point), {"toward": name, "share": high, "constraint_before": value}
 
 
-def explain(status: str, violated: bool, bound: float, known: Sequence[Known], moved: dict[str, Any] | None) -> str:
-    """Return the message of the result; where g > ε, with the least g that was found."""
+def explain(
+    status: str, violated: bool, bound: float, known: Sequence[Known], moved: dict[str, Any] | None, least: float | None
+) -> str:
+    """Return the message of the result; where g > ε, with the least g that was found and that is possible."""
     message = MESSAGES[status]
     if moved is not None and status == STALLED:
         message = "the point was moved to hold the constraint, and there the certificate does not hold; raise tol"
-    if violated:
-        name, _, least = min(known, key=lambda candidate: candidate[2])
-        message += f". The constraint is violated: the least value found is {least:.6g}, at the {name}"
-        message += (
-            f", against the bound {bound:.6g}. The bound may be out of reach over this domain: raise it, or add rounds"
-            if least > bound
-            else f", which is within the bound {bound:.6g}: repair=True moves the last point until it is, too"
-        )
-    return message
+    if not violated:
+        return message
+    name, _, found = min(known, key=lambda candidate: candidate[2])
+    where = "the start" if name == "start" else f"the end of {name}"
+    message += f". The constraint is violated: the least value found is {found:.6g}, at {where}"
+    if found <= bound:
+        return f"{message}, within the bound {bound:.6g}: repair=True moves the last point until it holds, too"
+    if least is not None and least > bound:
+        return f"{message}, and if the constraint is convex none is below {least:.6g}: the bound {bound:.6g} is too low"
+    return f"{message}, against the bound {bound:.6g}: add rounds, or raise the bound if no point holds it"
