@@ -7,7 +7,7 @@ replies = fit_all(roster(clients, round), weights, round)
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,7 +74,7 @@ class Faulty:
             return reply
         if self.kind == "late":
             return self._nothing(round, "rehearsed delay: nothing has arrived yet") if before is None else before
-        if not isinstance(reply.weights, dict):
+        if not isinstance(reply.weights, Mapping):
             raise FederationError(f"client {self.name!r}: only tensors in memory can be damaged, not a file of them.")
         return replace(reply, weights=damaged(self.kind, weights, reply.weights))
 
