@@ -9,28 +9,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .federation import save_federation
     from .figures import FIGURES, cosines, save_figure, save_figures
     from .palette import Palette
+    from .rounds import FederatedRun, Study, read_federated_run, read_study
     from .run import Run, RunError, read_run, read_runs
     from .scans import scan_curve
+    from .standings import accuracy_table, cost_table, dominance, dominance_table
     from .tables import AccuracyRow, AccuracyTable
 
 __all__ = [
     "FIGURES",
     "AccuracyRow",
     "AccuracyTable",
+    "FederatedRun",
     "Palette",
     "Run",
     "RunError",
+    "Study",
+    "accuracy_table",
     "cosines",
+    "cost_table",
+    "dominance",
+    "dominance_table",
+    "read_federated_run",
     "read_run",
     "read_runs",
+    "read_study",
+    "save_federation",
     "save_figure",
     "save_figures",
     "scan_curve",
 ]
 
 _MODULES = {
+    "FederatedRun": "rounds",
+    "Study": "rounds",
+    "read_federated_run": "rounds",
+    "read_study": "rounds",
+    "accuracy_table": "standings",
+    "cost_table": "standings",
+    "dominance_table": "standings",
+    "dominance": "standings",
+    "save_federation": "federation",
     "FIGURES": "figures",
     "AccuracyRow": "tables",
     "AccuracyTable": "tables",

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from .figures import columns_of, save_figure, shorten
 from .palette import COLOURS, GREY, INK
-from .rounds import FederatedRun, Study, Sweep
+from .rounds import FederatedRun, Study, Sweep, known_mean
 from .run import RunError
 from .standings import PARTS, unfinished
 from .tables import size
@@ -224,8 +224,8 @@ def accuracy(study: Study) -> Figure:
         ends = [_draw_curve(axes, *_curve(study, step, key), look, step) for step, look in found.items()]
         start = study.start(key)
         if np.isfinite(start).any():
-            axes.axhline(float(np.nanmean(start)), color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-            ends.append(_End(float(last), float(np.nanmean(start)), "zero-shot", INK))
+            axes.axhline(known_mean(start), color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
+            ends.append(_End(float(last), known_mean(start), "zero-shot", INK))
         axes.grid(axis="y")
         axes.set_title(label)
         _round_axis(axes, 0, last)
@@ -262,7 +262,7 @@ def frontier(study: Study) -> Figure:
             f"study '{study.name}': no run has an accuracy on a reference set, so there is no frontier. "
             "Run it with a reference set."
         )
-    start = (float(np.nanmean(study.start("reference"))), float(np.nanmean(study.start("mean"))))
+    start = (known_mean(study.start("reference")), known_mean(study.start("mean")))
     names: list[_Name] = []
     strokes: list[Array] = []  # lines that names should not cross
     bound_of: dict[str, float] = {}
@@ -402,7 +402,7 @@ def sweep(study: Study, chosen: Sweep | None = None) -> Figure:
         ends.append(_draw_curve(axes, *_curve(study, step, "mean"), look, f"{symbol} = {value:g}"))
     start = study.start("mean")
     if np.isfinite(start).any():
-        axes.axhline(float(np.nanmean(start)), color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
+        axes.axhline(known_mean(start), color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
     axes.grid(axis="y")
     axes.set_title(f"{chosen.method}: client mean (%), dotted: zero-shot")
     _round_axis(axes, 0, max(float(run.planned) for step in chosen.steps for run in study.runs[step]))
@@ -550,12 +550,7 @@ def cost(study: Study) -> Figure:
 
 def _means(study: Study, *keys: str) -> Array:
     """Mean over rounds and seeds of a number, one a step; 0 where it was not recorded."""
-    found = []
-    for step in study.steps:
-        values = study.series(step, *keys)[1]
-        known = values[np.isfinite(values)]
-        found.append(float(known.mean()) if len(known) else 0.0)
-    return np.asarray(found)
+    return np.nan_to_num(np.asarray([known_mean(study.series(step, *keys)[1]) for step in study.steps]))
 
 
 @_saved

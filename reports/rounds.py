@@ -4,8 +4,8 @@
     STUDY/study.json              {"steps": [...], "seeds": [...], "protocol": {...}}
     STUDY/STEP/seed-S/rounds.jsonl
 
-Accuracies are in percent. The last line of a round counts: an attempt that was repeated, and a round that a resumed
-server ran again, are replaced by what followed.
+Accuracies are in percent. Of a round that a resumed server ran again, the last line counts; an attempt with too few
+replies changed nothing, and is counted only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ FIXED = frozenset({"average", "fedavg", "paint", "task-arithmetic", "ties", "dar
 
 @dataclass(frozen=True)
 class FederatedRun:
-    """One server step with one seed: `records` holds one record a round, in order."""
+    """One server step with one seed: `records` holds one record a round, in order.
+
+    repeats: attempts at a round that too few clients answered, so that it was repeated.
+    """
 
     step: str
     seed: int
     header: Mapping[str, Any]
     records: tuple[Mapping[str, Any], ...] = ()
     folder: Path | None = None
+    repeats: int = 0
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -106,6 +110,12 @@ def number(record: Mapping[str, Any], *keys: str) -> float:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
+
+
+def known_mean(values: Array) -> float:
+    """Return the mean of the finite values; nan if there are none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else np.nan
 
 
 @dataclass(frozen=True)
@@ -214,15 +224,19 @@ def read_federated_run(folder: str | Path, *, step: str | None = None, seed: int
     header = lines[0][1]
     _check_header(path, header)
     latest: dict[int, dict[str, Any]] = {}
+    repeats = 0
     for line, record in lines[1:]:
         if not isinstance(record.get("round"), int):
             raise RunError(
                 f"{path}, line {line}: a record without 'round', found {sorted(record)[:6]}. The trace was damaged."
             )
-        latest[record["round"]] = record
+        if record.get("repeat"):
+            repeats += 1
+        else:
+            latest[record["round"]] = record
     label = step or str(header["step"].get("name", folder.name))
     number_of_seed = seed if seed is not None else int(header.get("seed") or 0)
-    return FederatedRun(label, number_of_seed, header, tuple(latest[k] for k in sorted(latest)), folder)
+    return FederatedRun(label, number_of_seed, header, tuple(latest[k] for k in sorted(latest)), folder, repeats)
 
 
 def read_study(folder: str | Path) -> Study:

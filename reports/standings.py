@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .rounds import Study
+from .rounds import Study, known_mean
 from .tables import size
 
 Array = NDArray[np.float64]
@@ -89,13 +89,13 @@ def cost_table(study: Study) -> Grid:
     rows = []
     for step in study.steps:
         cells = [
-            _seconds(_mean(study.series(step, "seconds", part)[1]))
+            _seconds(known_mean(study.series(step, "seconds", part)[1]))
             for part in (*parts, "server", "evaluate", "clients")
         ]
         peak = study.series(step, "peak_memory")[1]
         cells.append(DASH if np.isnan(peak).all() else size(float(np.nanmax(peak))))
         for way in ("down", "up"):
-            mean = _mean(study.series(step, "bytes", way)[1])
+            mean = known_mean(study.series(step, "bytes", way)[1])
             cells.append(DASH if np.isnan(mean) else size(mean))
         rows.append((step + unfinished(study, step), *cells))
     header = ("step", *parts, "server", "evaluate", "clients", "peak memory", "down", "up")
@@ -123,7 +123,7 @@ class Standing:
         return bool(self.opponents) and self.beaten == self.opponents
 
 
-def standings(study: Study) -> list[Standing]:
+def dominance(study: Study) -> list[Standing]:
     """Standing of every step without a fixed scale; what is unfinished or has no reference is not compared."""
     points: dict[str, dict[int, tuple[float, float]]] = {}
     for step in study.steps:
@@ -151,7 +151,7 @@ def standings(study: Study) -> list[Standing]:
 def dominance_table(study: Study) -> Grid:
     """Which steps dominate every step with a fixed scale on both axes in every seed, by how much, or where not."""
     rows = []
-    for standing in standings(study):
+    for standing in dominance(study):
         others = [name for name in standing.opponents if name not in standing.beaten]
         verdict = DASH if not standing.opponents else "yes" if standing.dominates else "no"
         rows.append((
@@ -184,11 +184,6 @@ def _ranked(
             best |= {(i, j) for i, value in values.items() if value == ranks[0]}
             second |= {(i, j) for i, value in values.items() if len(ranks) > 1 and value == ranks[1]}
     return frozenset(best), frozenset(second)
-
-
-def _mean(values: Array) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else np.nan
 
 
 def _shown(values: Array, *, spread: bool = True) -> str:
