@@ -1,13 +1,14 @@
-"""Federated linear minimization oracle: gradients go down, scores come up, and only chosen clients upload weights.
+"""Federated linear minimization oracle: gradients go down, scores come up, and only what is chosen is uploaded.
 
-    server -> client i:  G = ∇ℓ(θ_t + A Λ)                    4 P bytes
-    client i -> server:  S[b,i] = ⟨G_b, τ_{i,b}⟩ for every b      8 bytes a row,      τ_i = θ̂_i − θ_t
-    server -> client s:  upload,  s = argmin_i S[b,i]             once; from then on the server scores s itself
+    server -> client i:  G = ∇ℓ(θ_t + A Λ), the tensors that i has not uploaded            4 bytes an element
+    client i -> server:  S[b,i] = ⟨G_b, τ_{i,b}⟩ for the rows b of these, τ_i = θ̂_i − θ_t      8 bytes a row
+    server -> client s:  upload block b,  s = argmin_i S[b,i]            once: from then on the server scores it itself
 
-Frank-Wolfe needs of a client nothing but its scores until it is chosen, so the iterates are those of full uploads.
-Against full uploads, n·P up, this saves (n − chosen)·P up and spends at most (iterations + 2)·n·P down, without what
-was uploaded earlier. It pays where uplink is the scarce side, or where one iteration is enough to choose; where both
-directions cost the same, it costs more than it saves.
+Frank-Wolfe needs nothing of a client but its scores until it is chosen, so the iterates are those of full uploads.
+Against full uploads (n·P elements up) what was never chosen is saved: one iteration uploads at most P elements,
+however many clients there are. The price is the downlink: up to (iterations + 2)·n·P elements of gradients, the two
+for the last iterate and its certificate. It pays where uplink is the scarce side, or where few iterations are enough;
+where both directions cost the same, it costs more than it saves.
 Source: the linear minimization oracle of FW-Merging (Chen et al. 2025), eq. 2, which separates over the experts.
 """
 
@@ -33,6 +34,7 @@ from ..pools.pool import Models
 from ..pools.sources import Scratch, Shape, Stored
 from ..pools.workers import Workers
 from ..solvers import Domain, Free, Problem, Result, solve
+from ..solvers.domains import indicator
 from .errors import FederationError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 NEVER = 1e100
 """Score of a lost client: no oracle chooses it, and in slopes and gaps 0 · NEVER is 0, where infinity would be nan."""
+UPLOADS = ("blocks", "model")
 
 
 class RemoteClient(Protocol):
@@ -98,23 +101,19 @@ def _checkpoint(label: str, model: Weights | str | PathLike[str]) -> Checkpoint:
 class Traffic:
     """What the oracle sent and received, beside the anchor, which the clients have from their training.
 
-    clients: how many there are. model_bytes: the merged tensors in the anchor's element types. down_bytes: gradients,
-    dense float32, one for each client asked, whether it answered or not. up_bytes: scores (8 bytes each) and uploads as
-    stored. messages: requests of the server. uploads: bytes by client, in order of arrival. lost: reasons by client.
-    Names, slices and headers are not counted.
+    full_upload_bytes: what would come up if every client sent all merged tensors; those that have not been seen are
+    taken to be stored as the anchor's. down_bytes: gradients, dense float32, to each client asked, whether it answers
+    or not. up_bytes: scores (8 bytes each) and uploads as stored. messages: requests of the server. uploads: bytes by
+    client, in order of the first arrival. lost: reasons by client. Names, slices and headers are not counted.
     """
 
     clients: int
-    model_bytes: int
+    full_upload_bytes: int
     down_bytes: int = 0
     up_bytes: int = 0
     messages: int = 0
     uploads: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
-
-    def full_upload_bytes(self) -> int:
-        """Bytes up if every client uploaded; those that did not are taken to store what the anchor stores."""
-        return sum(self.uploads.values()) + (self.clients - len(self.uploads)) * self.model_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record of a run."""
@@ -122,9 +121,9 @@ class Traffic:
             "clients": self.clients,
             "down": self.down_bytes,
             "up": self.up_bytes,
-            "full_upload": self.full_upload_bytes(),
+            "full_upload": self.full_upload_bytes,
             "messages": self.messages,
-            "uploads": list(self.uploads),
+            "uploads": dict(self.uploads),
             "lost": dict(self.lost),
         }
 
@@ -133,13 +132,15 @@ class RemotePool(Pool):
     """A pool whose experts stay with their clients until a coefficient is given to them.
 
     anchor: θ_t, a state dict or the path of a checkpoint. clients: sorted by name. include, exclude: as in `Pool.open`.
+    uploads: "blocks", the tensors whose coefficients are not 0 (least up), or "model", all tensors of a client as soon
+    as one is needed (fewer gradients down, as it is not asked again).
 
-    `correlate` asks the clients; `combine` and `displacement` fetch those whose column is not 0, once. Which tensors
-    differ between the models cannot be known without uploads, so all floating-point tensors of the anchor are merged
-    (that pass the patterns); a tensor that no client changed scores 0 and would be carried by a central pool.
-    A client that raises or answers nonsense is lost: it scores `NEVER` from then on, unless it has uploaded before, and
-    `traffic.lost` says why. What needs task vectors that are not here (`gram`, transforms, a combine with a lost
-    client) raises FederationError. The fingerprint is that of the anchor and of the clients' names.
+    `correlate` asks the clients; `combine` and `displacement` fetch what has a coefficient and is not here, once. Which
+    tensors differ between the models cannot be known without uploads, so all floating-point tensors of the anchor (that
+    pass the patterns) are merged; one that no client changed scores 0, and would be carried by a central pool.
+    A client that raises or answers nonsense is lost: `traffic.lost` says why, and what it has not uploaded scores
+    `NEVER` from then on. What needs task vectors that are not here (`gram`, transforms, coefficients for a lost client)
+    raises FederationError. The fingerprint is that of the anchor and of the clients' names.
     """
 
     def __init__(
@@ -149,10 +150,14 @@ class RemotePool(Pool):
         *,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        uploads: str = "blocks",
         device: str | torch.device = "cpu",
     ) -> None:
-        self.clients = {client.name: client for client in sorted(clients, key=lambda client: client.name)}
         _check_names([client.name for client in clients])
+        if uploads not in UPLOADS:
+            raise FederationError(f"oracle: uploads={uploads!r} is unknown; it is {' or '.join(map(repr, UPLOADS))}.")
+        self.clients = {client.name: client for client in sorted(clients, key=lambda client: client.name)}
+        self.uploads = uploads
         base = RenamedCheckpoint(_checkpoint("anchor", anchor), {})
         candidates = mergeable(base, {}, include, exclude)
         absent = {name: _Absent(name, base) for name in self.clients}
@@ -165,7 +170,7 @@ class RemotePool(Pool):
             device=device,
             source=lambda workers: self._arrived,
         )
-        self.traffic = Traffic(len(self.clients), sum(base.tensors[name].nbytes for name in candidates))
+        self.traffic = Traffic(self.n, self.n * sum(base.tensors[name].nbytes for name in candidates))
 
     @property
     def fingerprint(self) -> str:
@@ -174,7 +179,7 @@ class RemotePool(Pool):
             base = self._models.base
             table = {name: str(base.tensors[name]) for name in sorted(self.candidates)}
             digest = hashlib.sha256(repr(("remote", self.names, table)).encode())
-            digest.update(sample_digest(base, table, Scratch(pool_operator.SEGMENT)))
+            digest.update(sample_digest(base, table, self._workers.scratch()))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -185,7 +190,7 @@ class RemotePool(Pool):
         *,
         experts: Sequence[int] | None = None,
     ) -> Matrix:
-        """Return the scores S[b,i], as `Pool.correlate` does; those that have not uploaded compute their own.
+        """Return the scores S[b,i], as `Pool.correlate` does; of what is not here, the clients compute them.
 
         Raises FederationError if that leaves nobody.
         """
@@ -194,83 +199,113 @@ class RemotePool(Pool):
         stack: list[Weights] = [gradients] if isinstance(gradients, Mapping) else list(gradients)
         for gradient in stack:
             self._check_gradient(gradient)
-        asked = list(range(self.n)) if experts is None else [self._index(expert) for expert in experts]
-        here = [i for i in asked if self._arrived.has(i)]
-        if here:
-            scores = super().correlate(stack, blocks, experts=here)
-        else:
-            scores = np.full((len(stack), blocks.count, self.n), np.nan)
-        sent = [{name: g[name].detach().to("cpu", torch.float32) for name in self.tensors if name in g} for g in stack]
-        for i in asked:
-            if not self._arrived.has(i):
-                scores[:, :, i] = self._ask(self.names[i], sent, blocks)
+        names = [name for name in self.tensors if any(name in gradient for gradient in stack)]
+        scores = np.full((len(stack), blocks.count, self.n), np.nan)
+        for i in range(self.n) if experts is None else [self._index(expert) for expert in experts]:
+            column = np.zeros((len(stack), blocks.count))
+            here = [name for name in names if self._arrived.has(i, name)]
+            if here:
+                column += super().correlate(_only(stack, here), blocks, experts=[i])[:, :, i]
+            away = [name for name in names if not self._arrived.has(i, name)]
+            if away:
+                rows, found = self._ask(self.names[i], _only(stack, away), blocks, away)
+                column[:, rows] += found
+            scores[:, :, i] = column
         return scores[0] if one else scores
 
     def combine(
         self, coefficients: Matrix, blocks: Blocks, *, since: tuple[Matrix, dict[str, torch.Tensor]] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return θ_t + Σ_i Λ[b,i] τ_{i,b}, as `Pool.combine` does, after the clients in it have uploaded."""
-        self._require(self._matrix(coefficients, blocks, "coefficients"))
+        """Return θ_t + Σ_i Λ[b,i] τ_{i,b}, as `Pool.combine` does, after what it needs has been uploaded."""
+        self._require(self._matrix(coefficients, blocks, "coefficients"), blocks)
         return super().combine(coefficients, blocks, since=since)
 
     def displacement(self, coefficients: Matrix, blocks: Blocks) -> dict[str, torch.Tensor]:
-        """Return Σ_i D[b,i] τ_{i,b}, as `Pool.displacement` does, after the clients in it have uploaded."""
-        self._require(self._matrix(coefficients, blocks, "coefficients"))
+        """Return Σ_i D[b,i] τ_{i,b}, as `Pool.displacement` does, after what it needs has been uploaded."""
+        self._require(self._matrix(coefficients, blocks, "coefficients"), blocks)
         return super().displacement(coefficients, blocks)
 
-    def fetch(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Have these clients upload, unless they have, and return those that are here now; the others are lost.
+    def fetch(self, name: str, tensors: Sequence[str] | None = None) -> bool:
+        """Have a client upload these tensors (None: all), unless they are here; False if it is lost.
 
         Raises FederationError if that leaves nobody.
         """
-        for name in names:
-            if not self._arrived.has(self.names.index(name)) and name not in self.traffic.lost:
-                self._upload(name)
-        return tuple(name for name in names if self._arrived.has(self.names.index(name)))
+        if name not in self.clients:
+            raise FederationError(f"oracle: there is no client {name!r}; the clients are {', '.join(self.names)}.")
+        i = self.names.index(name)
+        missing = [t for t in (self.tensors if tensors is None else tensors) if not self._arrived.has(i, t)]
+        if missing and self.uploads == "model":
+            missing = [t for t in self.tensors if not self._arrived.has(i, t)]
+        if missing and name not in self.traffic.lost:
+            self._upload(name, missing)
+        return not missing or name not in self.traffic.lost
 
-    def _require(self, coefficients: Matrix) -> None:
-        wanted = [self.names[i] for i in np.flatnonzero(coefficients.any(axis=0))]
-        missing = [name for name in wanted if name not in self.fetch(wanted)]
-        if missing:
+    def reach(self, coefficients: Matrix, blocks: Blocks) -> str | None:
+        """Fetch what has a coefficient that is not 0 [rows, n]; return the first client of which that failed."""
+        for i in np.flatnonzero(coefficients.any(axis=0)):
+            needed = [name for name, part in blocks.rows.items() if coefficients[part, i].any()]
+            if not self.fetch(self.names[i], needed):
+                return self.names[i]
+        return None
+
+    def unreachable(self, blocks: Blocks) -> NDArray[np.bool_]:
+        """Return which blocks of lost clients have not been uploaded [rows, n]."""
+        found = np.zeros((blocks.count, self.n), dtype=bool)
+        for name in self.traffic.lost:
+            i = self.names.index(name)
+            for tensor, part in blocks.rows.items():
+                found[part, i] |= not self._arrived.has(i, tensor)
+        return found
+
+    def _require(self, coefficients: Matrix, blocks: Blocks) -> None:
+        failed = self.reach(coefficients, blocks)
+        if failed is not None:
             raise FederationError(
-                f"oracle: client {missing[0]!r} was given a coefficient, but it is lost "
-                f"({self.traffic.lost[missing[0]]}). Use RemoteProblem, whose oracle then chooses again, ask for fewer "
-                "vertices, and start from the base or from clients that are there."
+                f"oracle: client {failed!r} was given a coefficient, but it is lost ({self.traffic.lost[failed]}). Use "
+                "RemoteProblem, whose oracle then chooses again, ask for fewer vertices, and start from the base or "
+                "from clients that are there."
             )
 
-    def _ask(self, name: str, gradients: Sequence[Weights], blocks: Blocks) -> Matrix | float:
-        """Return one client's scores [k, rows], or NEVER if it is lost."""
+    def _ask(
+        self, name: str, gradients: Sequence[Weights], blocks: Blocks, tensors: Sequence[str]
+    ) -> tuple[NDArray[np.int64], Matrix | float]:
+        """Return the rows that these tensors use, and one client's scores of them [k, rows], or NEVER if it is lost."""
+        used = np.unique(np.concatenate([np.arange(blocks.rows[t].start, blocks.rows[t].stop) for t in tensors]))
         if name in self.traffic.lost:
-            return NEVER
+            return used, NEVER
+        rows = {}
+        for tensor in tensors:
+            first = int(np.searchsorted(used, blocks.rows[tensor].start))
+            rows[tensor] = slice(first, first + blocks.rows[tensor].stop - blocks.rows[tensor].start)
         self.traffic.messages += 1
         self.traffic.down_bytes += sum(4 * value.numel() for gradient in gradients for value in gradient.values())
         try:
-            answer = np.asarray(self.clients[name].scores(gradients, dict(blocks.rows)), dtype=np.float64)
+            answer = np.asarray(self.clients[name].scores(gradients, rows), dtype=np.float64)
         except Exception as error:  # whatever happens at a client, the others go on
             self._lose(name, "scores", f"{type(error).__name__}: {error}")
-            return NEVER
+            return used, NEVER
         self.traffic.up_bytes += 8 * answer.size
-        expected = (len(gradients), blocks.count)
+        expected = (len(gradients), len(used))
         if answer.shape != expected:
             self._lose(name, "scores", f"answered the shape {list(answer.shape)}, expected {list(expected)}")
-            return NEVER
+            return used, NEVER
         if not np.isfinite(answer).all():
             self._lose(name, "scores", "answered NaN or infinity")
-            return NEVER
-        return answer
+            return used, NEVER
+        return used, answer
 
-    def _upload(self, name: str) -> None:
-        """Receive one client's weights, or lose it."""
+    def _upload(self, name: str, tensors: Sequence[str]) -> None:
+        """Receive tensors of one client, or lose it."""
         self.traffic.messages += 1
         try:
-            weights = self.clients[name].upload(list(self.tensors))
+            weights = self.clients[name].upload(tensors)
         except Exception as error:
             self._lose(name, "upload", f"{type(error).__name__}: {error}")
             return
         size = sum(value.nbytes for value in weights.values())
         self.traffic.up_bytes += size
-        for tensor, shape in self.tensors.items():
-            value = weights.get(tensor)
+        for tensor in tensors:
+            value, shape = weights.get(tensor), self.tensors[tensor]
             if value is None or tuple(value.shape) != shape or not value.dtype.is_floating_point:
                 found = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
                 self._lose(name, "upload", f"sent {found} for {tensor!r}, expected floating point {list(shape)}")
@@ -278,18 +313,23 @@ class RemotePool(Pool):
             if not bool(value.isfinite().all()):
                 self._lose(name, "upload", f"sent NaN or infinity in {tensor!r}")
                 return
-        self.traffic.uploads[name] = size
-        model = RenamedCheckpoint(MemoryCheckpoint(f"upload of client {name!r}", weights), {})
-        self._models.experts[name] = model
-        self._arrived.add(self.names.index(name), model)
+        self.traffic.uploads[name] = self.traffic.uploads.get(name, 0) + size
+        self.traffic.full_upload_bytes += size - sum(self._models.base.tensors[tensor].nbytes for tensor in tensors)
+        whole = self._arrived.add(self.names.index(name), {tensor: weights[tensor] for tensor in tensors})
+        if whole is not None:
+            self._models.experts[name] = whole
 
     def _lose(self, name: str, request: str, reason: str) -> None:
         self.traffic.lost[name] = f"{request}: {reason}"
-        if len(self.traffic.lost) == self.n:
+        if len(self.traffic.lost) == self.n and not self.traffic.uploads:
             told = "; ".join(f"{who}: {why}" for who, why in self.traffic.lost.items())
             raise FederationError(
                 f"oracle: none of the {self.n} clients is left ({told}). Repeat the round with clients that answer."
             )
+
+
+def _only(gradients: Sequence[Weights], names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+    return [{n: g[n].detach().to("cpu", torch.float32) for n in names if n in g} for g in gradients]
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -321,8 +361,8 @@ class _Absent:
 
 def _not_here(client: str) -> FederationError:
     return FederationError(
-        f"oracle: this needs the task vector of client {client!r}, which has not uploaded its weights. Fetch them with "
-        "pool.fetch(pool.names), or use a solver that needs scores only, as Frank-Wolfe does."
+        f"oracle: this needs the task vector of client {client!r}, which has not uploaded it. Have every client "
+        "upload with pool.fetch(name), or use a solver that needs scores only, as Frank-Wolfe does."
     )
 
 
@@ -335,7 +375,7 @@ class _Unseen(Models):
 
 
 class _Arrived:
-    """Task vectors of the clients that have uploaded, each as `Stored` reads it."""
+    """Task vectors of what the clients have uploaded, tensor by tensor, each as `Stored` reads it."""
 
     serial = False
     frozen = 0
@@ -346,15 +386,22 @@ class _Arrived:
         self._names = names
         self._anchor = anchor
         self._base = Stored(anchor, [], shapes)
-        self._stored: dict[int, Stored] = {}
+        self._held: list[dict[str, torch.Tensor]] = [{} for _ in names]
+        self._stored: list[dict[str, Stored]] = [{} for _ in names]
 
-    def has(self, expert: int) -> bool:
-        """Whether a client has uploaded."""
-        return expert in self._stored
+    def has(self, expert: int, name: str) -> bool:
+        """Whether a client has uploaded a tensor."""
+        return name in self._stored[expert]
 
-    def add(self, expert: int, model: Checkpoint) -> None:
-        """Take an upload."""
-        self._stored[expert] = Stored(self._anchor, [model], self.shapes)
+    def add(self, expert: int, weights: Mapping[str, torch.Tensor]) -> RenamedCheckpoint | None:
+        """Take an upload; return the client's model if that completes it."""
+        self._held[expert].update(weights)
+        label = f"upload of client {self._names[expert]!r}"
+        part = Stored(self._anchor, [MemoryCheckpoint(label, weights)], {name: self.shapes[name] for name in weights})
+        self._stored[expert].update(dict.fromkeys(weights, part))
+        if len(self._held[expert]) < len(self.shapes):
+            return None
+        return RenamedCheckpoint(MemoryCheckpoint(label, self._held[expert]), {})
 
     def base(self, name: str, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Read the anchor."""
@@ -373,9 +420,9 @@ class _Arrived:
         if base is None:
             base = self.base(name, start, stop, scratch)
         for position, expert in enumerate(experts):
-            if expert not in self._stored:
+            if name not in self._stored[expert]:
                 raise _not_here(self._names[expert])
-            for _, delta in self._stored[expert].deltas(name, [0], start, stop, scratch, base):
+            for _, delta in self._stored[expert][name].deltas(name, [0], start, stop, scratch, base):
                 yield slice(position, position + 1), delta
 
 
@@ -388,6 +435,7 @@ class Reachable(Domain):
 
     inner: Domain
     pool: RemotePool
+    blocks: Blocks
 
     @property
     def has_vertices(self) -> bool:  # type: ignore[override]
@@ -417,17 +465,18 @@ class Reachable(Domain):
         return self.inner.violation(point)
 
     def minimizer(self, scores: Matrix) -> Matrix:
-        """Return argmin ⟨V, scores⟩ over the vertices of clients whose weights are here or arrive now."""
+        """Return argmin ⟨V, scores⟩ over the vertices whose weights are here or arrive now."""
         while True:
             chosen = self.inner.minimizer(self._known(scores))
-            if self._fetch(np.flatnonzero(chosen.any(axis=0))):
+            if self._arrives(chosen):
                 return chosen
 
     def vertices(self, scores: Matrix, k: int = 1) -> Matrix:
         """Return the k best of the same vertices; a ranking of all is no choice, and fetches nothing."""
         while True:
             chosen = self.inner.vertices(self._known(scores), k)
-            if k >= self.pool.n + self.has_base or self._fetch(np.unique(chosen[chosen >= 0])):
+            wanted = np.sum([indicator(vertex, scores.shape[1]) for vertex in chosen], axis=0)
+            if k >= self.pool.n + self.has_base or self._arrives(wanted):
                 return chosen
 
     def gap(self, point: Matrix, scores: Matrix) -> float | None:
@@ -439,17 +488,14 @@ class Reachable(Domain):
         return self.inner.stationarity(point, self._known(scores))
 
     def _known(self, scores: Matrix) -> Matrix:
-        lost = [self.pool.names.index(name) for name in self.pool.traffic.lost]
-        if not lost:
-            return scores
-        known = scores.copy()
-        known[:, lost] = NEVER
-        return known
+        """Return the scores with NEVER where a client is lost; one row of scores stands for all blocks together."""
+        lost = self.pool.unreachable(self.blocks)
+        return np.where(lost if len(scores) == len(lost) else lost.any(axis=0), NEVER, scores)
 
-    def _fetch(self, experts: NDArray[np.intp]) -> bool:
-        """Whether nobody was lost while these uploaded."""
+    def _arrives(self, chosen: Matrix) -> bool:
+        """Whether nobody is lost while this is fetched [rows or 1, n]."""
         before = len(self.pool.traffic.lost)
-        self.pool.fetch([self.pool.names[int(i)] for i in experts])
+        self.pool.reach(np.broadcast_to(chosen, (self.blocks.count, self.pool.n)), self.blocks)
         return len(self.pool.traffic.lost) == before
 
 
@@ -465,7 +511,7 @@ class RemoteProblem(Problem):
     ) -> None:
         super().__init__(pool, objective, blocks, domain)
         if not isinstance(self.domain, Free):  # which has no oracle
-            self.domain = Reachable(self.domain, pool)
+            self.domain = Reachable(self.domain, pool, self.blocks)
 
 
 def federated_frank_wolfe(
@@ -479,6 +525,7 @@ def federated_frank_wolfe(
     start: str | Matrix = "base",
     max_iter: int = 10,
     tol: float = 1e-6,
+    uploads: str = "blocks",
     device: str | torch.device = "cpu",
 ) -> tuple[Result, dict[str, torch.Tensor], Traffic]:
     """Merge without uploads but those that the oracle chooses: the result, the merged model, and what it cost.
@@ -486,7 +533,7 @@ def federated_frank_wolfe(
     The model has all tensors of the anchor, floating-point ones in float32. Arguments are those of `RemotePool`,
     `RemoteProblem` and `solve`. Raises FederationError if no client is left.
     """
-    pool = RemotePool(anchor, clients, device=device)
+    pool = RemotePool(anchor, clients, uploads=uploads, device=device)
     problem = RemoteProblem(pool, objective, blocks, domain)
     result = solve(problem, solver, start=start, max_iter=max_iter, tol=tol)
     weights = {**pool.base_weights(), **pool.combine(result.coefficients, problem.blocks)}

@@ -130,7 +130,7 @@ def test_a_clients_scores_are_bitwise_the_column_of_a_streaming_pool(blocks, sto
         np.testing.assert_array_equal(found, streaming.correlate(given, streaming.blocks(blocks)))
         close = resident.correlate(given, resident.blocks(blocks))
         np.testing.assert_allclose(found, close, rtol=1e-4, atol=1e-4 * np.abs(found).max())
-        remote.fetch(["b"])  # now the server computes this column, from what the client stores
+        assert remote.fetch("b")  # now the server computes this column, from what the client stores
         np.testing.assert_array_equal(remote.correlate(given, rows), found)
 
 
@@ -143,7 +143,7 @@ def test_every_byte_is_counted():
     gradient = {"w": torch.tensor([[-1.0, 0.0], [0.0, 3.0]])}
     np.testing.assert_array_equal(pool.correlate(gradient, blocks), [[-1, -1], [0, 3]])
     assert pool.traffic.to_dict() == {
-        "clients": 2, "down": 2 * 4 * 4, "up": 2 * 2 * 8, "full_upload": 2 * 16, "messages": 2, "uploads": [],
+        "clients": 2, "down": 2 * 4 * 4, "up": 2 * 2 * 8, "full_upload": 2 * 16, "messages": 2, "uploads": {},
         "lost": {},
     }  # fmt: skip
     weights = pool.combine(np.array([[0.5, 0], [0.5, 0]]), blocks)
@@ -153,7 +153,7 @@ def test_every_byte_is_counted():
     pool.correlate([gradient, gradient], blocks)
     assert pool.traffic.to_dict() == {
         "clients": 2, "down": 2 * 16 + 2 * 16, "up": 2 * 16 + 4 * 2 + 2 * 2 * 8, "full_upload": 8 + 16, "messages": 4,
-        "uploads": ["ada"], "lost": {},
+        "uploads": {"ada": 8}, "lost": {},
     }  # fmt: skip
 
 
@@ -174,7 +174,57 @@ def test_a_solve_from_the_base_uploads_what_was_chosen_and_nothing_else(federati
     assert traffic.down_bytes == asked * 4 * P
     assert traffic.up_bytes == asked * 8 + len(here) * 4 * P
     assert traffic.messages == asked + len(here)
-    assert traffic.full_upload_bytes() == len(models) * 4 * P
+    assert traffic.full_upload_bytes == len(models) * 4 * P
+
+
+def test_blocks_are_uploaded_when_they_are_first_chosen(federation):
+    """A layer of a client comes up once, before it gets a coefficient; until then its gradient goes down each time."""
+    anchor, models, objective = federation
+    result, _, traffic = federated_frank_wolfe(anchor, clients(anchor, models), objective, max_iter=5, tol=0)
+    layers = np.array([[4 * (6 * 8 + 8)], [4 * (8 * 3 + 3)]])
+    here, down, up = np.zeros((2, 5), dtype=bool), 0, 0
+    for line in [*result.trace, result.trace[-1]]:  # the last once more for the certificate
+        arrived = (np.array(line["coefficients"]) > 0) & ~here
+        up += np.sum(layers * arrived)
+        here |= arrived
+        down += np.sum(layers * ~here)
+        up += 8 * np.count_nonzero(~here)
+    assert (here.sum(axis=0) == 1).any()  # some client is chosen for one layer only
+    assert (traffic.down_bytes, traffic.up_bytes) == (down, up)
+    for client, bytes_up in zip(sorted(models), np.sum(layers * here, axis=0), strict=True):
+        assert traffic.uploads.get(client, 0) == bytes_up
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_whole_models_instead_of_blocks_change_the_traffic_only(federation, blocks):
+    anchor, models, objective = federation
+    by = {
+        uploads: federated_frank_wolfe(
+            anchor, clients(anchor, models), objective, blocks=blocks, max_iter=4, tol=0, uploads=uploads
+        )
+        for uploads in ("blocks", "model")
+    }
+    assert_same_run(by["blocks"][0], by["model"][0])
+    assert by["blocks"][2].up_bytes <= by["model"][2].up_bytes or blocks == "row"  # many rows, many scores
+    assert by["blocks"][2].down_bytes >= by["model"][2].down_bytes
+    assert set(by["model"][2].uploads.values()) == {4 * P}
+    assert list(by["blocks"][2].uploads) == list(by["model"][2].uploads)
+
+
+def test_blocks_that_a_lost_client_has_uploaded_stay_in_the_hull(federation):
+    anchor, models, objective = federation
+    pool = RemotePool(anchor, faulty(anchor, models, "ada", scores=0))
+    problem = RemoteProblem(pool, objective, "layer", "simplex")
+    assert pool.fetch("ada", ["2.weight", "2.bias"])
+    scores = problem.evaluate(np.zeros((2, 5))).scores
+    expected = central(*federation, "layer", "simplex").evaluate(np.zeros((2, 5))).scores
+    assert list(pool.traffic.lost) == ["ada"]
+    assert scores[0, 0] == NEVER
+    np.testing.assert_array_equal(scores[:, 1:], expected[:, 1:])
+    assert scores[1, 0] == expected[1, 0]
+    np.testing.assert_array_equal(pool.unreachable(problem.blocks), [[True] + [False] * 4, [False] * 5])
+    result = solve(problem, "frank-wolfe", start="expert:bea", max_iter=8, tol=0)
+    assert result.coefficients[0, 0] == 0 < result.coefficients[1, 0]
 
 
 def test_at_the_base_nothing_is_uploaded(federation):
@@ -279,9 +329,10 @@ def test_a_client_that_fails_is_as_one_that_was_never_there(federation, fault, r
 
 def test_a_client_that_has_uploaded_may_leave(federation):
     anchor, models, objective = federation
-    expected = federated_frank_wolfe(anchor, clients(anchor, models), objective, max_iter=4, tol=0)
+    options = {"max_iter": 4, "tol": 0, "uploads": "model"}
+    expected = federated_frank_wolfe(anchor, clients(anchor, models), objective, **options)
     given = faulty(anchor, models, next(iter(expected[2].uploads)), scores=1, uploads=1)
-    found = federated_frank_wolfe(anchor, given, objective, max_iter=4, tol=0)
+    found = federated_frank_wolfe(anchor, given, objective, **options)
     assert_same_run(found[0], expected[0])
     assert found[2] == expected[2]
 
@@ -318,9 +369,11 @@ def test_what_needs_absent_task_vectors_says_so(federation):
     pool = RemotePool(anchor, clients(anchor, models))
     with pytest.raises(FederationError, match=r"client 'ada', which has not uploaded.*pool\.fetch"):
         pool.gram(pool.blocks("model"))
+    with pytest.raises(FederationError, match="no client 'fay'; the clients are ada, bea"):
+        pool.fetch("fay")
     with pytest.raises(FederationError, match="client 'ada', which has not uploaded"):
         pool.expert_fingerprint("ada")
-    assert pool.fetch(pool.names) == pool.names
+    assert all(pool.fetch(name) for name in pool.names)
     streaming = Pool.from_state_dicts(anchor, models, backend="streaming")
     blocks = streaming.blocks("layer")
     np.testing.assert_array_equal(pool.gram(pool.blocks("layer")), streaming.gram(blocks))
@@ -339,6 +392,12 @@ def test_bad_federations_are_refused(federation, names, message):
     anchor = federation[0]
     with pytest.raises(FederationError, match=message):
         RemotePool(anchor, [LocalScorer(name, anchor, anchor) for name in names])
+
+
+def test_an_unknown_way_to_upload_is_refused(federation):
+    anchor, models, _ = federation
+    with pytest.raises(FederationError, match="uploads='layers' is unknown; it is 'blocks' or 'model'"):
+        RemotePool(anchor, clients(anchor, models), uploads="layers")
 
 
 def test_models_may_be_files(federation, tmp_path):
