@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .errors import DataError
 from .models import Weights
@@ -43,7 +44,8 @@ class AugmentedLagrangian(SumObjective):
                 f"The 'bound' parameter of AugmentedLagrangian must be a finite number, the largest value that the "
                 f"constraint may take. Got {bound!r} instead."
             )
-        if str(objective.device) != str(constraint.device):
+        # As devices of tensors, since 'cuda' and 'cuda:0' are one device under two names.
+        if torch.empty(0, device=objective.device).device != torch.empty(0, device=constraint.device).device:
             raise DataError(
                 f"AugmentedLagrangian: the objective is on {objective.device}, the constraint on {constraint.device}; "
                 f"use one device."
