@@ -180,7 +180,7 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
         if len(nodes) < self.minimum:
             raise FederationError(
                 f"flower: {len(nodes)} SuperNodes are connected after {self.patience:g} s; {self.minimum} are needed. "
-                "Start them, and look into their logs: one whose certificate does not fit only tries again."
+                "Start them, and read their logs; mergesolve.federated.flower.certificates tells whether TLS is why."
             )
         log(WARNING, "%d of %d SuperNodes are connected after %g s; going on", len(nodes), wanted, self.patience)
         return nodes

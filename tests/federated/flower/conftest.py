@@ -3,13 +3,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _identity() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def identity() -> Iterator[None]:
     """Who this process is, which Flower sets in its own processes and without which no Message can be made."""
-    identity = pytest.importorskip("flwr.supercore.task_identity", exc_type=ImportError).TaskIdentity
-    identity.run_id, identity.node_id, identity.task_id = 1, 1, 1
+    task = pytest.importorskip("flwr.supercore.task_identity", exc_type=ImportError).TaskIdentity
+    task.run_id, task.node_id, task.task_id = 1, 1, 1
     yield
-    identity._run_id = identity._node_id = identity._task_id = None
+    task._run_id = task._node_id = task._task_id = None
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from mergesolve.federated import FederationError, Reply
 from mergesolve.federated.flower.arrays import from_arrays, from_reply, to_arrays, to_reply
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.usefixtures("identity")
+
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),

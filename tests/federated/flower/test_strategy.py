@@ -14,6 +14,8 @@ from mergesolve.federated.registry import make_step
 from mergesolve.federated.rounds import merge_round
 from mergesolve.federated.state import ServerState
 
+pytestmark = pytest.mark.usefixtures("identity")
+
 NAMES = ["ants", "bees", "cats"]
 START = {
     "w": torch.linspace(-1, 1, 12).reshape(3, 4),

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# A federation of two SuperNodes with TLS on this machine: certificates, SuperLink, SuperNodes, run, check.
+#   bash deployment.sh [--rounds N] [--port PORT] [--folder FOLDER] [--kill-one | --resume | --wrong-ca]
+# --kill-one: end one SuperNode in the middle of round 2. --resume: end the SuperLink in the middle of round 2, start it
+# again and go on. --wrong-ca: give the second SuperNode the certificate of another authority, which must be told.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+rounds=2 port= folder=$FLWR_HOME/federation mode=plain clients=2
+while [ $# -gt 0 ]; do
+  case $1 in
+    --rounds) rounds=$2; shift 2 ;;
+    --port) port=$2; shift 2 ;;
+    --folder) folder=$2; shift 2 ;;
+    --kill-one | --resume | --wrong-ca) mode=${1#--}; shift ;;
+    *) echo "unknown option $1; see the head of this script" >&2; exit 2 ;;
+  esac
+done
+port=${port:-$(free_port)}
+keys=$FLWR_HOME/keys
+bash "$app/certificates.sh" "$keys"
+bash "$app/certificates.sh" "$FLWR_HOME/stranger" >/dev/null
+
+cat >"$FLWR_HOME/config.toml" <<EOF
+[superlink]
+default = "lab"
+
+[superlink.lab]
+address = "127.0.0.1:$port"
+root-certificates = "$keys/ca.crt"
+EOF
+
+superlink() {
+  launch "$1" flower-superlink --host 127.0.0.1 --port "$port" --isolation subprocess \
+    --ssl-ca-certfile "$keys/ca.crt" --ssl-certfile "$keys/server.crt" --ssl-keyfile "$keys/server.key" \
+    --disable-runtime-dependency-installation
+  server=${groups[-1]}
+  wait_for_port "$port"
+}
+
+supernode() { # supernode NUMBER CA
+  launch "supernode-$1" flower-supernode --superlink "127.0.0.1:$port" --root-certificates "$2" \
+    --host 127.0.0.1 --port "$(free_port)" --node-config "partition-id=$1 num-partitions=$clients"
+  node=${groups[-1]}
+}
+
+run() { # run NAME: the log is followed here; the exit status of flwr says nothing about the run
+  flwr run "$app" lab --run-config "clients=$clients rounds=$rounds folder='$folder'" --stream 2>&1 | tee "$logs/$1.log"
+}
+
+wait_for() { # wait_for FILE TEXT
+  for _ in $(seq 600); do
+    grep -q -F "$2" "$1" 2>/dev/null && return
+    sleep 0.5
+  done
+  echo "'$2' did not appear in $(basename "$1") within 300 s" >&2
+  return 1
+}
+
+superlink superlink
+supernode 0 "$keys/ca.crt"
+if [ "$mode" = wrong-ca ]; then supernode 1 "$FLWR_HOME/stranger/ca.crt"; else supernode 1 "$keys/ca.crt"; fi
+
+case $mode in
+  plain | wrong-ca) run run ;;
+  kill-one)
+    run run &
+    wait_for "$logs/run.log" "round 2: 2 of 2 clients train"
+    sleep 3
+    kill -KILL -- "-$node"
+    echo "### SuperNode 1 was ended in the middle of round 2"
+    wait $!
+    ;;
+  resume)
+    run before &
+    wait_for "$logs/before.log" "round 2: 2 of 2 clients train"
+    sleep 3
+    kill -KILL -- "-$server"
+    echo "### the SuperLink was ended in the middle of round 2"
+    wait $! || true
+    superlink superlink-again
+    run again
+    ;;
+esac
+python -m mergesolve.federated.flower.status lab
