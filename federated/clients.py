@@ -97,7 +97,10 @@ class TaskClient:
         reply = self.cache.get(key)
         if reply is None:
             reply = self._fit(weights, round)
-            self.cache.put(key, reply)
+            try:
+                self.cache.put(key, reply)
+            except OSError as error:  # the training is not lost for that
+                warnings.warn(f"the reply of client {self.name!r} could not be kept: {error}", stacklevel=2)
             return reply
         assert isinstance(reply.weights, Mapping)
         devices = {name: tensor.device for name, tensor in weights.items()}
@@ -217,7 +220,7 @@ class UpdateCache:
         return reply
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply that has weights in memory."""
+        """Keep a reply that has weights in memory. Raises OSError if that fails, and leaves nothing behind."""
         if not isinstance(reply.weights, Mapping):
             raise FederationError(f"client {reply.client!r}: only a reply that holds its weights in memory is kept.")
         tensors = {f"weights/{name}": _plain(tensor) for name, tensor in reply.weights.items()}
