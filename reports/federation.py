@@ -36,7 +36,8 @@ Data = TypeVar("Data")
 Options = ParamSpec("Options")
 
 MUTED = ("#5F6B73", "#9A8F80", "#8796A5", "#7A7468", "#A3A9AD", "#6C7F78", "#B09E9E", "#86808F")
-BOUNDS = ("epsilon", "bound")  # options that bound the loss on the reference set
+SYMBOLS = {"scale": "λ", "alpha": "λ", "bound": "ε", "weight": "μ"}
+RETAINED = ("bound", "weight")  # options that trade the clients for the reference: a bound, or the weight of a penalty
 NUMBERED = 16  # clients up to which a cosine matrix carries its numbers
 ROW = 0.165  # inches between two names of 7.5 points
 PART_COLOURS = dict(zip(PARTS, ("#A3A9AD", "#4BA6D4", "#332288", "#CC6677", "#DDAA33", "#117733"), strict=True))
@@ -238,7 +239,7 @@ def frontier(study: Study) -> Figure:
     """Client mean against reference accuracy after the last round, mean over seeds with bars from least to largest.
 
     Shaded: what a step with a fixed scale dominates. Inside the dashed corner, all of those are dominated. A curve
-    joins the bounds ε of one method.
+    joins the steps of one method with different bounds ε (or weights μ of a penalty).
     """
     found = looks(study)
     points: dict[str, tuple[float, float]] = {}
@@ -265,21 +266,24 @@ def frontier(study: Study) -> Figure:
     start = (known_mean(study.start("reference")), known_mean(study.start("mean")))
     names: list[_Name] = []
     strokes: list[Array] = []  # lines that names should not cross
-    bound_of: dict[str, float] = {}
-    for sweep in _bounds(study):
+    label_of: dict[str, str] = {}
+    curves = _retained(study)
+    for sweep in curves:
         inside = [step for step in sweep.steps if step in points]
         colour = found[sweep.steps[0]].colour
+        alone = [other.method for other in curves].count(sweep.method) == 1
         if inside:
             strokes.append(np.asarray([points[step] for step in inside]))
             axes.plot(*strokes[-1].T, color=colour, linewidth=1.2, zorder=4)
         for step, value in zip(sweep.steps, sweep.values, strict=True):
-            bound_of[step] = value
+            label_of.setdefault(step, f"{_symbol(sweep.option)} = {value:g}")
         if inside:
-            names.append(_Name(*points[inside[len(inside) // 2]], sweep.method, colour, 8.5, bold=True))
+            name = sweep.method if alone else sweep.steps[0]
+            names.append(_Name(*points[inside[len(inside) // 2]], name, colour, 8.5, bold=True))
     for step, point in points.items():
-        text = (f"ε = {bound_of[step]:g}" if step in bound_of else step) + unfinished(study, step)
-        names.append(_Name(*point, text, found[step].colour, 7.5 if study.fixed(step) or step in bound_of else 8.5,
-                           bold=not study.fixed(step) and step not in bound_of))  # fmt: skip
+        text = label_of.get(step, step) + unfinished(study, step)
+        names.append(_Name(*point, text, found[step].colour, 7.5 if study.fixed(step) or step in label_of else 8.5,
+                           bold=not study.fixed(step) and step not in label_of))  # fmt: skip
     if np.isfinite(start).all():
         axes.plot(*start, marker="*", markersize=12, color=INK, zorder=6, linestyle="none", markeredgecolor="white")
         names.insert(0, _Name(*start, "zero-shot", INK, 8.5))
@@ -293,8 +297,17 @@ def frontier(study: Study) -> Figure:
     return figure
 
 
-def _bounds(study: Study) -> list[Sweep]:
-    return [sweep for sweep in study.sweeps() if sweep.option in BOUNDS]
+def _leaf(option: str) -> str:
+    """Name of an option without those that it is inside of."""
+    return option.split(".")[-1]
+
+
+def _symbol(option: str) -> str:
+    return SYMBOLS.get(_leaf(option), _leaf(option))
+
+
+def _retained(study: Study) -> list[Sweep]:
+    return [found for found in study.sweeps() if _leaf(found.option) in RETAINED and not study.fixed(found.steps[0])]
 
 
 def _reach(values: Array) -> Array:
@@ -386,7 +399,7 @@ def _spots(point: Array, box: Bbox, dots: float) -> Iterator[tuple[Bbox, bool]]:
 @_saved
 def sweep(study: Study, chosen: Sweep | None = None) -> Figure:
     """Client mean over the rounds, one curve a value of the option that was varied (Kubota et al. 2025, Figure 2)."""
-    chosen = chosen or next((found for found in study.sweeps() if found.option not in BOUNDS), None)
+    chosen = chosen or next((found for found in study.sweeps() if _leaf(found.option) not in RETAINED), None)
     if chosen is None:
         raise RunError(
             f"study '{study.name}': no two steps of one method differ in one number, so there is no sweep to draw; "
@@ -396,10 +409,9 @@ def sweep(study: Study, chosen: Sweep | None = None) -> Figure:
     axes = figure.subplots()
     ends = []
     colours = _sequence(len(chosen.values))
-    symbol = "λ" if chosen.option in ("scale", "alpha") else "ε" if chosen.option in BOUNDS else chosen.option
     for value, step, colour in zip(chosen.values, chosen.steps, colours, strict=True):
         look = Look(colour, marker="o")
-        ends.append(_draw_curve(axes, *_curve(study, step, "mean"), look, f"{symbol} = {value:g}"))
+        ends.append(_draw_curve(axes, *_curve(study, step, "mean"), look, f"{_symbol(chosen.option)} = {value:g}"))
     start = study.start("mean")
     if np.isfinite(start).any():
         axes.axhline(known_mean(start), color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
@@ -620,7 +632,9 @@ def save_federation(study: Study, folder: str | Path, formats: Sequence[str] = (
     first = {step: next(run for run in study.runs[step] if run.records) for step in study.steps}
     written: list[Path] = []
     for form in formats:
-        written += [accuracy(study, folder / f"accuracy.{form}"), cost(study, folder / f"cost.{form}")]
+        written.append(cost(study, folder / f"cost.{form}"))
+        if any(np.isfinite(study.series(step, key)[1]).any() for step in study.steps for key in ("mean", "reference")):
+            written.append(accuracy(study, folder / f"accuracy.{form}"))
         if any(np.isfinite(study.last(step, "reference")).any() for step in study.steps):
             written.append(frontier(study, folder / f"frontier.{form}"))
         for found in study.sweeps():

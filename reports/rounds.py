@@ -11,7 +11,7 @@ replies changed nothing, and is counted only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from .run import RunError
 
 Array = NDArray[np.float64]
 
-FIXED = frozenset({"average", "fedavg", "paint", "task-arithmetic", "ties", "dare", "breadcrumbs", "magmax"})
-"""Server steps whose scaling factor is set by hand (Kubota et al. 2025, Table 1)."""
+FIXED = frozenset(
+    {"average", "fedavg", "paint", "task-arithmetic", "ties", "dare", "breadcrumbs", "magmax"}  # and relatives:
+    | {"dare-ties", "breadcrumbs-ties", "della", "della-linear", "consensus", "emr"}
+)
+"""Server steps whose scaling factor is a constant set by hand (Kubota et al. 2025, Table 1, and their relatives)."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class FederatedRun:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the server step."""
-        return {name: value for name, value in self.header["step"].items() if name != "name"}
+        """Options of the server step; those inside others have names such as "retention.bound"."""
+        return {name: value for name, value in _leaves(self.header["step"]) if name != "name"}
 
     @property
     def fixed(self) -> bool:
@@ -110,6 +113,14 @@ def number(record: Mapping[str, Any], *keys: str) -> float:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
+
+
+def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def known_mean(values: Array) -> float:
@@ -184,8 +195,10 @@ class Study:
             run = self.runs[step][0]
             for option in run.options:
                 value = number(run.options, option)
-                if np.isfinite(value):
-                    rest = json.dumps({k: v for k, v in run.options.items() if k != option}, sort_keys=True)
+                if np.isfinite(value) and option.split(".")[-1] != "seed":
+                    rest = json.dumps(
+                        {k: v for k, v in run.options.items() if k != option}, sort_keys=True, default=str
+                    )
                     members.setdefault((run.method, option, rest), {})[value] = step
         found = [
             Sweep(method, option, tuple(sorted(steps)), tuple(steps[value] for value in sorted(steps)))
@@ -197,7 +210,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Steps of one method over ascending values of one option."""
+    """Steps of one method over ascending values of one option; `option` is named as in `FederatedRun.options`."""
 
     method: str
     option: str

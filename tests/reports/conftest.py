@@ -84,12 +84,13 @@ STEPS: tuple[dict[str, Any], ...] = (
     {"name": "magmax", "scale": 0.5},
     {"name": "fw-hard"},
     {"name": "adamerging"},
-    *({"name": "retention", "epsilon": epsilon} for epsilon in (0.02, 0.05, 0.1, 0.3)),
+    *({"name": "retention", "retention": {"bound": bound}} for bound in (0.02, 0.05, 0.1, 0.3)),
 )
 
 
 def label_of(step: dict[str, Any]) -> str:
-    return "-".join(str(value) for value in step.values())
+    values = [next(iter(value.values())) if isinstance(value, dict) else value for value in step.values()]
+    return "-".join(map(str, values))
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def _write_federated(
     n = len(clients)
     strength = float(step.get("scale", step.get("alpha", 0.11)))
     solver = step["name"] in ("fw-hard", "adamerging", "retention")
-    epsilon = step.get("epsilon")
+    epsilon = step.get("retention", {}).get("bound")
     first = {name: 40.0 + 2 * k for k, name in enumerate(clients)}
     start = {"accuracy": first, "mean": float(np.mean(list(first.values()))), "reference": 90.0 if reference else None}
     header = {

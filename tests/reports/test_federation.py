@@ -27,7 +27,7 @@ from mergesolve.reports.federation import (
 from PIL import Image
 
 NAMES = ("dots", "gratings", "digits", "letters", "shapes", "glyphs", "textures", "flags", "waves")
-CONSTRAINED = tuple({"name": "retention", "epsilon": epsilon} for epsilon in (0.05, 0.1))
+CONSTRAINED = tuple({"name": "retention", "retention": {"bound": bound}} for bound in (0.05, 0.1))
 SCALED = tuple({"name": "task-arithmetic", "scale": scale} for scale in (0.1, 0.3))
 
 
@@ -46,7 +46,7 @@ def test_every_figure_of_a_study_is_written(write_study, tmp_path):
     written = save_federation(study, tmp_path / "figures")
     assert {path.name for path in written} == {
         "accuracy.png", "frontier.png", "cost.png", "coefficients.png", "constraint.png",
-        "sweep-task-arithmetic-0.1-scale.png", "sweep-retention-0.05-epsilon.png",
+        "sweep-task-arithmetic-0.1-scale.png", "sweep-retention-0.05-retention.bound.png",
         *(f"cosines-{step}.png" for step in study.steps),
     }  # fmt: skip
     assert all(drawn(path) for path in written)

@@ -17,7 +17,7 @@ from mergesolve.reports import (
 )
 from rich.console import Console
 
-FEW = ({"name": "average"}, {"name": "paint", "alpha": 0.05}, {"name": "retention", "epsilon": 0.1})
+FEW = ({"name": "average"}, {"name": "paint", "alpha": 0.05}, {"name": "retention", "retention": {"bound": 0.1}})
 
 
 def edit(folder, change):
@@ -43,7 +43,7 @@ def printed(grid):
 
 def test_a_run_is_read_completely(write_federated, tmp_path):
     run = read_federated_run(write_federated(tmp_path / "run", step=FEW[2], seed=4, rounds=3, rejected={2: ["dots"]}))
-    assert (run.step, run.method, run.options, run.seed) == ("retention", "retention", {"epsilon": 0.1}, 4)
+    assert (run.step, run.method, run.options, run.seed) == ("retention", "retention", {"retention.bound": 0.1}, 4)
     assert not run.fixed
     assert run.finished
     np.testing.assert_array_equal(run.rounds, [1, 2, 3])
