@@ -31,7 +31,7 @@ from ..objectives.statistics import fisher_diagonal
 from ..objectives.task import Task
 from .errors import FederationError
 from .replies import Client, Reply, Weights
-from .training import Training, train
+from .training import Training, attention, train
 
 Progress = Callable[[Reply, int, int], Any]
 """(reply that just came, clients done, of how many)"""
@@ -108,6 +108,10 @@ class TaskClient:
         return replace(reply, weights=found)
 
     def _fit(self, weights: Weights, round: int) -> Reply:
+        with attention(self.model):  # around the Fisher, too, which changes the same setting for a while
+            return self._fitted(weights, round)
+
+    def _fitted(self, weights: Weights, round: int) -> Reply:
         began = time.perf_counter()
         losses: list[float] = []
         found, steps = train(

@@ -9,8 +9,10 @@ FedProx (Li et al. 2020, Federated Optimization in Heterogeneous Networks, eq. 2
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..objectives.models import Model
 from ..objectives.task import Indices, Task
@@ -81,6 +84,41 @@ class Training:
             yield order[start : start + self.batch]
 
 
+class _PlainAttention:
+    """Attention as plain matrix products while anybody wants it. The setting is the process's, not the thread's, so the
+    first one in makes it and the last one out takes it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._setting = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._setting.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._setting.close()
+
+
+_PLAIN = _PlainAttention()
+
+
+def attention(model: Model) -> AbstractContextManager[None]:
+    """The attention kernel to train with: plain matrix products for bf16 on a CPU, torch's own choice otherwise.
+
+    The fused one takes most of the time in bf16 there: 57 ms a step with it and 27 ms without, for a tower of 1 M
+    parameters on 50 images of 17 tokens (63 ms in fp32, with either).
+    """
+    plain = model.device.type == "cpu" and getattr(model, "precision", "fp32") == "bf16"
+    return _PLAIN if plain else nullcontext()
+
+
 def train(
     model: Model,
     task: Task,
@@ -95,6 +133,7 @@ def train(
 
     The weights are not changed, and the result has their names, dtypes and devices: half precision is trained in
     float32 and rounded at the end. What is no parameter of the model (integers, running statistics) comes back as is.
+    A `CLIP` with precision='bf16' computes in half precision, on weights, gradients and moments in float32.
     Raises FederationError for a task without labels or weights without parameters, DataError for weights and tasks that
     the model cannot take.
     """
@@ -105,7 +144,7 @@ def train(
         )
     model.check(weights)
     model.check_task(task)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), attention(model):
         current: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             precise = torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from mergesolve.federated import FederationError, Training, train
-from mergesolve.objectives import DataError, ModuleModel, Task
+from mergesolve.federated.training import attention
+from mergesolve.objectives import CLIP, DataError, ModuleModel, Task
 from torch import Tensor, nn
 
 FAST = Training(epochs=2, batch=16, lr=1e-2)
@@ -214,6 +215,39 @@ def test_clip_towers_learn_their_labels(clip_federation: Any) -> None:
     assert len(losses) == 8
     assert losses[-1] < 0.5 * losses[0]
     assert found.keys() == clip_federation.anchor.keys()
+
+
+def bf16(federation: Any) -> CLIP:
+    model = federation.model
+    heads = {texts.name: model.head(replace(federation.tasks[0], name=texts.name, labels=None, parts=(texts,)))
+             for texts in federation.tasks[0].texts}  # fmt: skip
+    return CLIP(model.architecture, heads=heads, precision="bf16")
+
+
+def test_bf16_computes_what_float32_does_up_to_its_rounding(clip_federation: Any) -> None:
+    """Updates point the same way; the weights stay float32, since a step is below the resolution of bf16."""
+    task, anchor = clip_federation.tasks[0], clip_federation.anchor
+    options = Training(epochs=4, batch=10, lr=1e-3)
+    models = (clip_federation.model, bf16(clip_federation))
+    full, half = (train(model, task, anchor, options, round=1, client="a")[0] for model in models)
+    a, b = (torch.cat([(found[n] - anchor[n]).flatten() for n in anchor]) for found in (full, half))
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+    assert 0.9 < float(F.cosine_similarity(a, b, dim=0)) < 1 - 1e-6
+    assert float((half["proj"] - half["proj"].bfloat16().float()).abs().max()) > 0
+
+
+def test_attention_is_set_back_after_the_last_of_several(clip_federation: Any) -> None:
+    backends: Any = torch.backends.cuda  # where torch keeps these settings for the CPU, too
+    assert backends.flash_sdp_enabled()
+    one, two = attention(bf16(clip_federation)), attention(bf16(clip_federation))
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert not backends.flash_sdp_enabled()
+    two.__exit__(None, None, None)
+    assert backends.flash_sdp_enabled()
+    with attention(clip_federation.model):
+        assert backends.flash_sdp_enabled()
 
 
 def test_reported_loss_is_the_mean_over_the_samples(federation: Any) -> None:
