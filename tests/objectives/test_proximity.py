@@ -57,6 +57,10 @@ def test_the_sum_is_accumulated_in_float64() -> None:
     found = Proximity(center).value_and_grad(half)
     assert found.gradient["small"].dtype == torch.bfloat16
     assert float(found.gradient["small"]) == 0.0078125
+    # nor does the centre lose digits to weights of half precision
+    near = Proximity({"w": torch.full((1,), 1.001)})
+    expected = 0.5 * (1.0 - float(torch.tensor(1.001))) ** 2
+    assert near.value({"w": torch.ones(1, dtype=torch.bfloat16)}) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_part_of_the_center_will_do_and_integer_tensors_are_left_alone(center: Weights) -> None:

@@ -195,6 +195,18 @@ def test_a_bound_out_of_reach_is_reported_with_the_least_value_found(domain):
         assert f"the bound {bound:.6g} is too low" in result.message
 
 
+@pytest.mark.parametrize("domain", DOMAINS[:3])
+def test_what_is_said_to_be_out_of_reach_is_even_when_the_solve_is_far_from_done(domain):
+    f, g = make(2)
+    least = oracle(g, g, np.inf, domain)[1]
+    for bound in (least - 5.0, least - 0.05, least + 0.01):
+        result = solve_constrained(ConstrainedQuadratic(f, g, bound, domain), "frank-wolfe", rounds=1, max_iter=2)
+        assert result.constraint > bound
+        assert result.least <= least + 1e-7
+        assert result.least < result.constraint
+        assert ("is too low" in result.message) == (result.least > bound)
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_multiplier_is_the_price_of_the_bound(domain):
     """dp*/dε = −μ: the sensitivity theorem, by central differences of the optimal value."""
