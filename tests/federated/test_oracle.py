@@ -394,8 +394,44 @@ def test_bad_federations_are_refused(federation, names, message):
         RemotePool(anchor, [LocalScorer(name, anchor, anchor) for name in names])
 
 
-def test_an_unknown_way_to_upload_is_refused(federation):
+def test_gradients_in_bfloat16_halve_the_downlink_and_move_scores_within_their_rounding(federation):
+    """|S' − S| ≤ 2⁻⁹ Σ|G τ| (8 significant bits, rounded to nearest), so only vertices closer than that can swap."""
+    anchor, models, objective = federation
+    pool = RemotePool(anchor, clients(anchor, models), gradient_dtype="bfloat16")
+    exact = RemotePool(anchor, clients(anchor, models))
+    blocks = pool.blocks("layer")
+    gradient = objective.value_and_grad(anchor).gradient
+    found, expected = pool.correlate(gradient, blocks), exact.correlate(gradient, blocks)
+    bound = np.zeros_like(expected)
+    for name, part in blocks.rows.items():
+        for i, client in enumerate(pool.names):
+            bound[part, i] += 2**-9 * float((gradient[name] * (models[client][name] - anchor[name])).abs().sum())
+    assert (np.abs(found - expected) <= bound + 1e-6 * np.abs(expected)).all()
+    assert not np.array_equal(found, expected)
+    best = np.eye(5, dtype=bool)[expected.argmin(axis=1)]
+    apart = (expected + bound)[best] < np.where(best, np.inf, expected - bound).min(axis=1)
+    assert apart.any()
+    np.testing.assert_array_equal(found.argmin(axis=1)[apart], expected.argmin(axis=1)[apart])
+    assert 2 * pool.traffic.down_bytes == exact.traffic.down_bytes
+
+
+def test_with_gradients_in_bfloat16_the_same_clients_are_chosen_and_the_optimum_is_found(federation):
+    anchor, models, objective = federation
+    runs = [
+        federated_frank_wolfe(
+            anchor, clients(anchor, models), objective, blocks="model", max_iter=6, tol=0, gradient_dtype=dtype
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert [line["vertices"] for line in runs[0][0].trace] == [line["vertices"] for line in runs[1][0].trace]
+    np.testing.assert_allclose(runs[1][0].coefficients, runs[0][0].coefficients, atol=0.02)
+    assert runs[1][0].objective == pytest.approx(runs[0][0].objective, rel=1e-3)
+
+
+def test_unknown_ways_to_send_are_refused(federation):
     anchor, models, _ = federation
+    with pytest.raises(FederationError, match="gradient_dtype='int8' is unknown; it is 'float32' or 'bfloat16'"):
+        RemotePool(anchor, clients(anchor, models), gradient_dtype="int8")
     with pytest.raises(FederationError, match="uploads='layers' is unknown; it is 'blocks' or 'model'"):
         RemotePool(anchor, clients(anchor, models), uploads="layers")
 
