@@ -81,7 +81,7 @@ def looks(study: Study) -> dict[str, Look]:
         fixed = study.fixed(steps[0])
         base = MUTED[muted % len(MUTED)] if fixed else COLOURS[hues % len(COLOURS)]
         for k, step in enumerate(steps):
-            colour = _towards_white(base, 0.55 * k / max(len(steps) - 1, 1))
+            colour = _towards_white(base, (0.35 if fixed else 0.55) * k / max(len(steps) - 1, 1))
             if fixed:
                 found[step] = Look(colour, lines[(muted + k) % len(lines)], 1.1, markers[muted % len(markers)])
             else:
@@ -129,7 +129,7 @@ def _label_ends(axes: Axes, ends: Sequence[_End], height: float) -> None:
     edge = axes.get_xlim()[1]
     for y, end in zip(placed, ends, strict=True):
         axes.annotate(
-            shorten(end.name),
+            shorten(end.name, 28),
             xy=(end.x, end.y),
             xytext=(1.045, float(y)),
             textcoords="axes fraction",
@@ -243,6 +243,7 @@ def frontier(study: Study) -> Figure:
     """
     found = looks(study)
     points: dict[str, tuple[float, float]] = {}
+    strokes: list[Array] = []  # lines that names should not cross
     figure = _canvas(7.4, 5.4)
     axes = figure.subplots()
     for step, look in found.items():
@@ -252,6 +253,8 @@ def frontier(study: Study) -> Figure:
             continue
         x, y = x[known], y[known]
         points[step] = (float(x.mean()), float(y.mean()))
+        strokes.append(np.asarray([(x.min(), y.mean()), (x.max(), y.mean())]))
+        strokes.append(np.asarray([(x.mean(), y.min()), (x.mean(), y.max())]))
         bars: dict[str, Any] = {"xerr": _reach(x), "yerr": _reach(y)} if len(x) > 1 else {}
         fixed = study.fixed(step)
         axes.errorbar(
@@ -265,7 +268,6 @@ def frontier(study: Study) -> Figure:
         )
     start = (known_mean(study.start("reference")), known_mean(study.start("mean")))
     names: list[_Name] = []
-    strokes: list[Array] = []  # lines that names should not cross
     label_of: dict[str, str] = {}
     curves = _retained(study)
     for sweep in curves:
@@ -586,8 +588,9 @@ def constraint(study: Study) -> Figure:
     for step in steps:
         rounds, loss = study.series(step, "method", "reference_loss")
         first, last = min(first, float(rounds[0])), max(last, float(rounds[-1]))
-        end = _draw_curve(top, rounds, loss, found[step], step)
         bound = _over_seeds(study.series(step, "method", "bound")[1])[0]
+        limit = f", ε = {bound[np.isfinite(bound)][-1]:g}"
+        end = _draw_curve(top, rounds, loss, found[step], shorten(step, 18) + limit)
         alone = {"marker": "_", "markersize": 14} if len(rounds) == 1 else {}
         top.plot(rounds, bound, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=4, **alone)
         bounds.append(bound)
@@ -609,6 +612,7 @@ def constraint(study: Study) -> Figure:
         top.minorticks_off()
     else:
         top.set_ylim(min(0.0, 1.1 * float(known.min())), 1.1 * float(known.max()))
+    bottom.set_ylim(bottom=0, top=None if bottom.get_ylim()[1] > 0 and bottom.dataLim.y1 > 0 else 1)
     _round_axis(bottom, first, last)
     _label_ends(top, ends, height - 0.6)
     _label_ends(bottom, lower, height - 0.6)

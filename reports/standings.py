@@ -198,7 +198,9 @@ def _signed(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return DASH if np.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    if np.isnan(value) or 0 < value < 1e-3:
+        return DASH if np.isnan(value) else "<0.001"
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def unfinished(study: Study, step: str) -> str:

@@ -198,7 +198,7 @@ def test_the_cost_table_has_means_a_round_and_the_peak_over_all(write_study):
     })  # fmt: skip
     grid = cost_table(read_study(folder))
     assert dict(zip(grid.header, grid.rows[0], strict=True)) == {
-        "step": "average", "read": "1.00", "server": "13", "evaluate": "–", "clients": "–", "peak memory": "7.0 GB",
+        "step": "average", "read": "1", "server": "13", "evaluate": "–", "clients": "–", "peak memory": "7.0 GB",
         "down": "1.0 MB", "up": "2.0 MB",
     }  # fmt: skip
 
