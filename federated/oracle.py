@@ -5,11 +5,12 @@
     server -> client s:  upload block b,  s = argmin_i S[b,i]            once: from then on the server scores it itself
 
 Frank-Wolfe needs nothing of a client but its scores until it is chosen, so the iterates are those of full uploads.
-Against full uploads (n·P elements up) what was never chosen is saved: one iteration uploads at most P elements,
-however many clients there are. The price is the downlink: up to (iterations + 2)·n·P elements of gradients, the two
-for the last iterate and its certificate. It pays where uplink is the scarce side, or where few iterations are enough;
-where both directions cost the same, it costs more than it saves. Gradients in bfloat16 halve the downlink; scores are
-then off by at most 2⁻⁹ Σ|G τ|, so that a vertex may change only where two are that close, and the gap is as inexact.
+Against full uploads (n·P elements up) what was never chosen is saved: one iteration of the hard oracle uploads at most
+P elements, however many clients there are (with blocks of whole tensors; kind "row" uploads the tensors whole, too).
+The price is the downlink: up to (iterations + 2)·n·P elements of gradients, the two for the last iterate and its
+certificate. It pays where uplink is the scarce side, or where few iterations are enough; where both directions cost the
+same, it costs more than it saves. Gradients in bfloat16 halve the downlink; scores are then off by at most 2⁻⁹ Σ|G τ|,
+so that a vertex may change only where two are that close, and the gap is as inexact.
 Source: the linear minimization oracle of FW-Merging (Chen et al. 2025), eq. 2, which separates over the experts.
 """
 
