@@ -116,7 +116,8 @@ def solve_constrained(
     solver, start, time_limit (of all rounds), callback: as for :func:`.solve`. rounds: outer iterations, max_iter:
     iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
     earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
-    do not depend on the units of f and g. factor: by which ρ grows when |max(g − ε, −μ/ρ)| did not fall to a quarter.
+    do not depend on the units of f and g. factor: by which ρ grows where
+    max(g − ε, −μ/ρ) kept its sign and did not fall to a quarter.
 
     Optimal when the certificate of the Lagrangian and |μ (g − ε)| are at most max(tol, rtol·|f|), in the units of f,
     and g − ε at most feasibility_tol, in the units of g; all three on all the data, also where the solver saw
@@ -137,7 +138,7 @@ def solve_constrained(
     rho = first_penalty(problem, point, known[0][2]) if penalty is None else float(penalty)
     history: list[dict[str, Any]] = []
     trace: list[dict[str, Any]] = []
-    status, settled, peak = MAX_ITER, math.inf, 0
+    status, last, peak = MAX_ITER, 0.0, 0
     for outer in range(rounds):
 
         def tagged(line: dict[str, Any], outer: int = outer) -> None:
@@ -178,10 +179,10 @@ def solve_constrained(
         if rested and mu == before and not problem.stochastic:
             status = STALLED
             break
-        measure = abs(mu - before) / rho  # |max(g − ε, −μ/ρ)|: how far g ≤ ε and μ (g − ε) = 0 are from holding
-        if measure > SHRINK * settled:
+        change = (mu - before) / rho  # max(g − ε, −μ/ρ): 0 where g ≤ ε and μ (g − ε) = 0
+        if change * last > 0 and abs(change) > SHRINK * abs(last):
             rho *= factor
-        settled = measure
+        last = change
 
     moved = None
     if repair and known[-1][2] > lagrangian.bound:
