@@ -108,7 +108,8 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
         for reply in received:
             if reply.error is not None:
                 log(WARNING, "round %d: client %s: %s", server_round, reply.client, reply.error)
-        weights, self.state, record = self.merge(self.anchor, received, self.state)
+        weights, self.state, found = self.merge(self.anchor, received, self.state)
+        record = {**found, "attempt": self.attempt}
         if self.after is not None:
             self.after(weights, self.state, record)
         metrics = MetricRecord({"accepted": len(record["accepted"]), "rejected": len(record["rejected"])})

@@ -5,20 +5,22 @@
 # again and go on. --wrong-ca: give the second SuperNode the certificate of another authority, which must be told.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-rounds=2 port= folder=$FLWR_HOME/federation mode=plain clients=2
+rounds=2 port='' folder=$FLWR_HOME/federation mode=plain clients=2
 while [ $# -gt 0 ]; do
   case $1 in
-    --rounds) rounds=$2; shift 2 ;;
-    --port) port=$2; shift 2 ;;
-    --folder) folder=$2; shift 2 ;;
-    --kill-one | --resume | --wrong-ca) mode=${1#--}; shift ;;
+    --rounds) rounds=$2 && shift ;;
+    --port) port=$2 && shift ;;
+    --folder) folder=$(realpath -m "$2") && shift ;;
+    --kill-one | --resume | --wrong-ca) mode=${1#--} ;;
     *) echo "unknown option $1; see the head of this script" >&2; exit 2 ;;
   esac
+  shift
 done
 port=${port:-$(free_port)}
 keys=$FLWR_HOME/keys
 bash "$app/certificates.sh" "$keys"
-bash "$app/certificates.sh" "$FLWR_HOME/stranger" >/dev/null
+if [ "$mode" = wrong-ca ]; then bash "$app/certificates.sh" "$FLWR_HOME/stranger"; fi
+python -m mergesolve.federated.flower.certificates --certificate "$keys/server.crt" --key "$keys/server.key"
 
 cat >"$FLWR_HOME/config.toml" <<EOF
 [superlink]
@@ -29,21 +31,24 @@ address = "127.0.0.1:$port"
 root-certificates = "$keys/ca.crt"
 EOF
 
+# Without --database, a SuperLink that is started again does not know its SuperNodes, and they do not register again.
 superlink() {
   launch "$1" flower-superlink --host 127.0.0.1 --port "$port" --isolation subprocess \
-    --ssl-ca-certfile "$keys/ca.crt" --ssl-certfile "$keys/server.crt" --ssl-keyfile "$keys/server.key" \
+    --database "$FLWR_HOME/superlink.db" --ssl-ca-certfile "$keys/ca.crt" --ssl-certfile "$keys/server.crt" --ssl-keyfile "$keys/server.key" \
     --disable-runtime-dependency-installation
   server=${groups[-1]}
   wait_for_port "$port"
 }
 
 supernode() { # supernode NUMBER CA
+  python -m mergesolve.federated.flower.certificates "127.0.0.1:$port" --ca "$2"
   launch "supernode-$1" flower-supernode --superlink "127.0.0.1:$port" --root-certificates "$2" \
     --host 127.0.0.1 --port "$(free_port)" --node-config "partition-id=$1 num-partitions=$clients"
   node=${groups[-1]}
 }
 
-run() { # run NAME: the log is followed here; the exit status of flwr says nothing about the run
+run() { # run NAME: the log is followed here; the exit status of flwr run says nothing about the run
+  running=1
   flwr run "$app" lab --run-config "clients=$clients rounds=$rounds folder='$folder'" --stream 2>&1 | tee "$logs/$1.log"
 }
 
@@ -60,23 +65,29 @@ superlink superlink
 supernode 0 "$keys/ca.crt"
 if [ "$mode" = wrong-ca ]; then supernode 1 "$FLWR_HOME/stranger/ca.crt"; else supernode 1 "$keys/ca.crt"; fi
 
+# Only the logs tell when a round is under way: the server has sent its model, and a SuperNode is at work on it.
+amid_round_2() { # amid_round_2 RUN
+  wait_for "$logs/$1.log" "round 2: 2 of 2 clients train"
+  wait_for "$logs/supernode-1.log" "ROUND 2]"
+}
+
 case $mode in
-  plain | wrong-ca) run run ;;
+  plain) run run ;;
   kill-one)
     run run &
-    wait_for "$logs/run.log" "round 2: 2 of 2 clients train"
-    sleep 3
+    following=$!
+    amid_round_2 run
     kill -KILL -- "-$node"
-    echo "### SuperNode 1 was ended in the middle of round 2"
-    wait $!
+    echo "### SuperNode 1 was killed in the middle of round 2"
+    wait "$following"
     ;;
   resume)
     run before &
-    wait_for "$logs/before.log" "round 2: 2 of 2 clients train"
-    sleep 3
+    following=$!
+    amid_round_2 before
     kill -KILL -- "-$server"
-    echo "### the SuperLink was ended in the middle of round 2"
-    wait $! || true
+    echo "### the SuperLink was killed in the middle of round 2, and its ServerApp with it"
+    wait "$following" || true
     superlink superlink-again
     run again
     ;;

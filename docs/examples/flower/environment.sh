@@ -6,6 +6,7 @@ FLWR_HOME=$(mktemp -d)
 logs=$FLWR_HOME/logs
 mkdir "$logs"
 groups=()
+running='' # not empty as soon as there are logs that tell more than the script does
 
 # Each process leads a group, so that what it starts ends with it.
 launch() { # launch NAME COMMAND...
@@ -13,6 +14,7 @@ launch() { # launch NAME COMMAND...
   shift
   setsid "$@" >"$logs/$name.log" 2>&1 &
   groups+=($!)
+  disown
 }
 
 finish() {
@@ -26,7 +28,7 @@ finish() {
     sleep 0.2
   done
   for group in "${groups[@]}"; do kill -KILL -- "-$group" 2>/dev/null || true; done
-  if [ "$status" != 0 ]; then
+  if [ "$status" != 0 ] && [ -n "$running" ]; then
     for log in "$logs"/*.log; do
       echo "--- last lines of $(basename "$log")"
       tail -n 15 "$log"
