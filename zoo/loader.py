@@ -108,9 +108,11 @@ class Zoo:
         first = tasks[0]
         return Task("reference", inputs, labels, first.classes, TEMPLATES, split, first.parts)
 
-    def model(self, device: str | torch.device = "cpu") -> CLIP:
+    def model(self, device: str | torch.device = "cpu", precision: str = "fp32") -> CLIP:
         """The classifier of all tasks: the frozen heads are set, weights of the visual tower are the caller's."""
-        return CLIP(self.record["architecture"], weights=self.base, heads=self.heads, device=device)
+        return CLIP(
+            self.record["architecture"], weights=self.base, heads=self.heads, device=device, precision=precision
+        )
 
     @cached_property
     def heads(self) -> Weights:

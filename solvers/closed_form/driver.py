@@ -231,7 +231,9 @@ def _averaging(
         def average(piece: operator.Piece, scratch: Scratch) -> None:
             out = flat[piece.name][piece.start : piece.stop]
             row = matrix[piece.rows.start]
-            first, *others = np.flatnonzero(row).tolist()
+            # The heaviest first: an expert far away that hardly counts must not be the mean that the others amend.
+            experts = np.flatnonzero(row)
+            first, *others = experts[np.argsort(-row[experts], kind="stable")].tolist()
             mean = source.expert(piece.name, first, piece.start, piece.stop, scratch, scratch.base)
             total = row[first]
             for expert in others:
