@@ -331,6 +331,11 @@ def _shade(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Array]:
     corner = (max(x for x, _ in points), max(y for _, y in points))
     line: dict[str, Any] = {"color": "#888888", "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
     edge = np.asarray([(corner[0], top), corner, (right, corner[1])])
+    axes.set_title(
+        "shaded: dominated by a step with a fixed scale; dashed corner: dominates all of these",
+        fontsize=8,
+        color="#555555",
+    )
     axes.plot(*edge.T, **line)
     return [edge]
 
@@ -497,7 +502,7 @@ def coefficients(runs: Sequence[FederatedRun]) -> Figure:
         for name in names:
             values = np.nan_to_num(run.series("coefficients", name))
             bottom = np.where(values >= 0, above, below)
-            axes.bar(run.rounds, values, 0.8, bottom=bottom, color=colour.get(name, GREY), edgecolor="white",
+            axes.bar(run.rounds, values, 0.8, bottom=bottom, color=colour.get(name, GREY), edgecolor="white" if name in colour else GREY,
                      linewidth=0.4)  # fmt: skip
             middle = float(bottom[-1] + values[-1] / 2)
             above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
