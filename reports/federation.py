@@ -502,8 +502,10 @@ def coefficients(runs: Sequence[FederatedRun]) -> Figure:
         for name in names:
             values = np.nan_to_num(run.series("coefficients", name))
             bottom = np.where(values >= 0, above, below)
-            axes.bar(run.rounds, values, 0.8, bottom=bottom, color=colour.get(name, GREY), edgecolor="white" if name in colour else GREY,
-                     linewidth=0.4)  # fmt: skip
+            axes.bar(
+                run.rounds, values, 0.8, bottom=bottom, color=colour.get(name, GREY), linewidth=0.4,
+                edgecolor="white" if name in colour else GREY,
+            )  # fmt: skip
             middle = float(bottom[-1] + values[-1] / 2)
             above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
             if name in colour and values[-1]:
