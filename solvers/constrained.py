@@ -2,7 +2,7 @@
 
     Λ ← argmin L(Λ; μ, ρ) by the inner solver,     μ ← max(0, μ + ρ (g(Λ) − ε))
 
-ρ grows only while the multiplier does not settle: g is held without ρ → ∞ and the ill-conditioning that brings, and μ
+ρ grows only where the constraint lags: g is held without ρ → ∞ and the ill-conditioning that brings, and μ
 is the price of retention, by how much f would fall for each unit that ε grows. The gradient of L at the multiplier
 before the update is that of the Lagrangian f + μ g after it, so the solver's certificate is the one that counts. For
 convex f and g it bounds what is left: f(Λ) − f* ≤ gap + |μ (g − ε)|, over all points with g ≤ ε.
@@ -33,6 +33,7 @@ from .solver import Certificate, Solver
 Array = np.ndarray[Any, Any]
 Known = tuple[str, Array, float]  # name, coefficients, and g there on all the data
 SHRINK = 0.25
+GROWTH = 10.0
 BISECTIONS = 30
 
 
@@ -82,7 +83,7 @@ class Limits:
     rounds: int
     multiplier: float
     penalty: float | None
-    factor: float
+    factor: float | None
     feasibility_tol: float
 
     def __post_init__(self) -> None:
@@ -90,7 +91,8 @@ class Limits:
         check_number(self, "multiplier", 0, math.inf, closed="left")
         if self.penalty is not None:
             check_number(self, "penalty", 0, math.inf, closed="neither")
-        check_number(self, "factor", 1, math.inf, closed="left")
+        if self.factor is not None:
+            check_number(self, "factor", 1, math.inf, closed="left")
         check_number(self, "feasibility_tol", 0, math.inf, closed="left")
 
 
@@ -103,7 +105,7 @@ def solve_constrained(
     max_iter: int = 100,
     multiplier: float = 0.0,
     penalty: float | None = None,
-    factor: float = 10.0,
+    factor: float | None = None,
     tol: float = 1e-6,
     rtol: float = 0.0,
     feasibility_tol: float = 1e-6,
@@ -117,7 +119,7 @@ def solve_constrained(
     iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
     earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
     do not depend on the units of f and g. factor: by which ρ grows where
-    max(g − ε, −μ/ρ) kept its sign and did not fall to a quarter.
+    max(g − ε, −μ/ρ) kept its sign and did not fall to a quarter; None: 10, and 1 on minibatches, where it adds noise.
 
     Optimal when the certificate of the Lagrangian and |μ (g − ε)| are at most max(tol, rtol·|f|), in the units of f,
     and g − ε at most feasibility_tol, in the units of g; all three on all the data, also where the solver saw
@@ -136,6 +138,7 @@ def solve_constrained(
     lagrangian.multiplier, lagrangian.first_draw = float(multiplier), 0
     known = [("start", point, constraint_at(problem, point))]
     rho = first_penalty(problem, point, known[0][2]) if penalty is None else float(penalty)
+    growth = (1.0 if problem.stochastic else GROWTH) if factor is None else factor
     history: list[dict[str, Any]] = []
     trace: list[dict[str, Any]] = []
     status, last, peak = MAX_ITER, 0.0, 0
@@ -181,7 +184,7 @@ def solve_constrained(
             break
         change = (mu - before) / rho  # max(g − ε, −μ/ρ): 0 where g ≤ ε and μ (g − ε) = 0
         if change * last > 0 and abs(change) > SHRINK * abs(last):
-            rho *= factor
+            rho *= growth
         last = change
 
     moved = None

@@ -414,6 +414,23 @@ def test_retention_is_held_on_a_pool_and_costs_what_the_multiplier_says(network)
     assert slope == pytest.approx(here.multiplier, rel=0.05)
 
 
+def test_the_multiplier_is_found_on_minibatches_too(network):
+    exact = solve_constrained(
+        merging(network, constraint="distillation"), "projected-gradient", rounds=12, max_iter=100, tol=1e-4
+    )
+    assert exact.status == "optimal"
+    noisy = solve_constrained(
+        merging(network, constraint="distillation", batch_size=12),
+        {"name": "adaptive", "lr": 0.02, "schedule": "cosine"},
+        rounds=8,
+        max_iter=30,
+        repair=True,
+    )
+    assert noisy.multiplier == pytest.approx(exact.multiplier, rel=0.2)
+    assert noisy.violation == 0.0
+    assert noisy.objective == pytest.approx(exact.objective, abs=0.01)
+
+
 @pytest.mark.parametrize("constraint", ["proximity", "distillation"])
 def test_minibatches_are_never_drawn_twice_and_the_result_is_exact_and_repeatable(network, constraint):
     results = []
@@ -432,6 +449,7 @@ def test_minibatches_are_never_drawn_twice_and_the_result_is_exact_and_repeatabl
         batches = [iteration for iteration in drawn if iteration is not None]
         assert batches == list(range(3 * 21))
         results.append(result)
+        assert len({line["penalty"] for line in result.history}) == 1
         assert all(line["estimate"] for line in result.trace)
         problem.draw(None)
         evaluation = problem.objective.objective.value_and_grad(problem.weights(result.coefficients))
