@@ -2,10 +2,10 @@
 
     Λ ← argmin L(Λ; μ, ρ) by the inner solver,     μ ← max(0, μ + ρ (g(Λ) − ε))
 
-ρ grows only where the constraint lags: g is held without ρ → ∞ and the ill-conditioning that brings, and μ
-is the price of retention, by how much f would fall for each unit that ε grows. The gradient of L at the multiplier
-before the update is that of the Lagrangian f + μ g after it, so the solver's certificate is the one that counts. For
-convex f and g it bounds what is left: f(Λ) − f* ≤ gap + |μ (g − ε)|, over all points with g ≤ ε.
+ρ grows only where the constraint lags: g is held without ρ → ∞ and the ill-conditioning that brings, and μ is the price
+of retention, by how much f would fall for each unit that ε grows. The gradient of L at the multiplier before the update
+is that of the Lagrangian f + μ g after it, so the solver's certificate is the one that counts. For convex f and g it
+bounds what is left: f(Λ) − f* ≤ gap + |μ (g − ε)|, over all points with g ≤ ε.
 Source: Bertsekas (1982), Constrained Optimization and Lagrange Multiplier Methods; Nocedal and Wright (2006), ch. 17;
 the measure that ρ follows and its first value: Birgin and Martínez (2014), Practical Augmented Lagrangian Methods.
 """
@@ -96,6 +96,9 @@ class Limits:
         check_number(self, "feasibility_tol", 0, math.inf, closed="left")
 
 
+Limits.__name__ = "solve_constrained"  # the owner that messages name
+
+
 def solve_constrained(
     problem: MatrixProblem,
     solver: Solver | str | Mapping[str, Any],
@@ -118,8 +121,8 @@ def solve_constrained(
     solver, start, time_limit (of all rounds), callback: as for :func:`.solve`. rounds: outer iterations, max_iter:
     iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
     earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
-    do not depend on the units of f and g. factor: by which ρ grows where
-    max(g − ε, −μ/ρ) kept its sign and did not fall to a quarter; None: 10, and 1 on minibatches, where it adds noise.
+    do not depend on the units of f and g. factor: by which ρ grows where max(g − ε, −μ/ρ) kept its sign and did not
+    fall to a quarter; None: 10, and 1 on minibatches, whose noise it would multiply.
 
     Optimal when the certificate of the Lagrangian and |μ (g − ε)| are at most max(tol, rtol·|f|), in the units of f,
     and g − ε at most feasibility_tol, in the units of g; all three on all the data, also where the solver saw

@@ -335,7 +335,7 @@ def test_what_cannot_be_solved_is_refused():
     f, g = make(0)
     problem = ConstrainedQuadratic(f, g, 0.1, "capped")
     for options, message in (
-        ({"rounds": 0}, r"'rounds' parameter of Limits must be an integer in \[1, inf\)"),
+        ({"rounds": 0}, r"'rounds' parameter of solve_constrained must be an integer in \[1, inf\)"),
         ({"multiplier": -1.0}, "'multiplier' parameter"),
         ({"penalty": 0.0}, "'penalty' parameter"),
         ({"factor": 0.5}, "'factor' parameter"),
