@@ -35,7 +35,7 @@ OBJECTIVES = {"cross-entropy": LABELLED, "entropy": UNLABELLED, "distillation": 
 
 "proximity" is half the mean squared distance to the clients' models.
 """
-MULTIPLIER, PENALTY = "multiplier", "penalty"  # what a constrained step leaves for the next round
+MULTIPLIER = "multiplier"  # what a constrained step leaves for the next round: the price of retention
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,6 @@ class SolveStep(ServerStep):
         assert retention.bound is not None
         lagrangian = AugmentedLagrangian(objective, retention.loss(round, seed), retention.bound)
         problem = Problem(pool, lagrangian, self.blocks, self.domain)
-        penalty = round.memory.get(PENALTY)
         inner = max(1, self.max_iter // retention.outer)
         found = solve_constrained(
             problem,
@@ -214,7 +213,6 @@ class SolveStep(ServerStep):
             max_iter=inner,
             start=self._start(problem),
             multiplier=float(round.memory.get(MULTIPLIER, 0.0)),
-            penalty=None if penalty is None else float(penalty),
             tol=self.tol,
             repair=True,
             callback=_follow(round, inner * retention.outer),
@@ -225,10 +223,10 @@ class SolveStep(ServerStep):
             "multiplier": found.multiplier,
             "penalty": found.penalty,
             "violation": found.violation,
-            "repaired": found.repaired,
+            "repair": found.repair,
         }
-        memory = {MULTIPLIER: np.array(found.multiplier), PENALTY: np.array(found.penalty)}
-        return self._proposal(round, pool, problem, found.result, details, memory)
+        memory = {MULTIPLIER: np.array(found.multiplier)}
+        return self._proposal(round, pool, problem, found, details, memory)
 
     def _start(self, problem: Problem) -> Array:
         """Return the starting point; the origin has no part in averages and sums of the clients."""
