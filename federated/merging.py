@@ -7,7 +7,7 @@ Weights of FedAvg and FedNova follow from what the clients report; every other o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,7 +76,7 @@ class MergeStep(ServerStep):
     """A closed-form merge of the clients' models; `origin` makes θ_0 one more expert of it, called "origin"."""
 
     merge: Merge
-    prepare: Preparation = Preparation()
+    prepare: Preparation = field(default_factory=Preparation)
     origin: bool = False
 
     def propose(self, round: Round) -> Proposal:

@@ -222,13 +222,14 @@ def make_step(spec: object) -> ServerStep:
     if isinstance(name, str) and name in MERGES:
         from .merging import MergeStep, Preparation
 
-        prepare = Preparation(**{key: options.pop(key) for key in PREPARED if key in options})
+        given = {key: options.pop(key) for key in PREPARED if key in options}
+        prepare = Preparation(**given)
         origin = bool(options.pop("origin", False))
         return MergeStep(make_merge({"name": name, **options}), prepare, origin)
     if isinstance(name, str) and name in PRESETS:
         preset = {key: value for key, value in PRESETS[name].items() if key not in ("summary", "pool")}
-        transforms = PRESETS[name].get("pool", {}).get("transforms", ())
-        made = _solving(name, {**preset, "transforms": transforms})(options)
+        transforms = PRESETS[name].get("pool", {}).get("transforms")
+        made = _solving(name, preset if transforms is None else {**preset, "transforms": transforms})(options)
         return made
     raise unknown("server step", name, names())
 

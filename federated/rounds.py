@@ -1,6 +1,6 @@
 """One round of the server, as a function: no network, no files, no clock besides the record's seconds.
 
-    θ_{t+1}, state, record = merge_round(θ_t, replies, state, step)
+θ_{t+1}, state, record = merge_round(θ_t, replies, state, step)
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ without any inputs, half the squared distance to θ_0, plain or in the metric of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -109,7 +109,7 @@ class SolveStep(ServerStep):
     tol: float = 1e-6
     retention: Retention | None = None
     origin: bool = False
-    prepare: Preparation = Preparation()
+    prepare: Preparation = field(default_factory=Preparation)
     name: str = "solve"
     source: ClassVar[str] = "Frank-Wolfe merging (Chen et al. 2025), AdaMerging (Yang et al. 2024), as server steps"
 

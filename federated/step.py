@@ -31,8 +31,8 @@ Memory = Mapping[str, Array]
 class ServerData:
     """What the server may look at: never the clients' data, never the test sets.
 
-    model: logits as a function of weights. tasks: few samples for each client, by its name. reference: inputs like those
-    of pre-training, whose labels nobody needs. fisher: diagonal Fisher information at θ_0, by tensor.
+    model: logits as a function of weights. tasks: few samples for each client, by its name. reference: inputs like
+    those of pre-training, whose labels nobody needs. fisher: diagonal Fisher information at θ_0, by tensor.
     """
 
     model: Model | None = None
