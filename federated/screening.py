@@ -8,19 +8,23 @@ norms, so it needs no setting for a model or a learning rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from statistics import median_low
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..pools import Pool, PoolError, model_fingerprint
 from ..pools.checkpoint import Checkpoint, MemoryCheckpoint, open_checkpoint
+from ..pools.sources import Scratch
 from .errors import FederationError
 from .replies import Reply, Weights
 
 Array = np.ndarray[Any, Any]
+PIECE = 1 << 16  # elements that are compared at once
 
 REASONS = {
     "failed": "the client sent no model: it raised, or dropped out",
@@ -93,6 +97,8 @@ def checkpoint_of(reply: Reply) -> Checkpoint:
         return MemoryCheckpoint(f"the model of client {reply.client!r}", reply.weights)
     if reply.weights is None:
         raise FederationError(f"client {reply.client!r} sent no model: {reply.error or 'no reason was given'}")
+    if not isinstance(reply.weights, (str, PathLike)):
+        raise PoolError(f"client {reply.client!r} sent {type(reply.weights).__name__}, no state dict and no path.")
     return open_checkpoint(reply.weights)
 
 
@@ -109,13 +115,13 @@ def screen(
 ) -> Screened:
     """Sort replies by client and leave out those that cannot be merged.
 
-    number: of the round. last: fingerprint of what each client sent before. norms: of earlier updates.
+    Of several acceptable replies of one client the first one counts. number: of the round. last: fingerprint of what
+    each client sent before. norms: of earlier updates.
     """
     rejected: list[Rejection] = []
     candidates: dict[str, Reply] = {}
     fingerprints: dict[str, str] = {}
     sent = MemoryCheckpoint("the model that was sent", anchor)
-    sent_fingerprint = model_fingerprint(sent)
     received = 0
     for reply in sorted(replies, key=lambda reply: reply.client):
         problem = _claims(reply, number, candidates)
@@ -126,8 +132,8 @@ def screen(
                 problem = problem or _fits(sent, found)
                 if problem is None:
                     mark = fingerprints[reply.client] = model_fingerprint(found)
-                    if mark == sent_fingerprint:
-                        problem = "unchanged", f"all tensors are those of the model that round {number} began with"
+                    if not _moved(sent, found):
+                        problem = "unchanged", f"all floating-point tensors are those that round {number} began with"
                     elif mark == (last or {}).get(reply.client):
                         problem = "repeated", "all tensors are those that this client sent before"
             except (PoolError, OSError) as error:
@@ -141,23 +147,33 @@ def screen(
     pool = pool_of(anchor, candidates.values(), backend, device)
     gram = pool.gram(pool.blocks("model"))[0]
     lengths = {name: float(np.sqrt(gram[i, i])) for i, name in enumerate(pool.names)}
-    finite = [length for length in lengths.values() if math.isfinite(length)]
-    usual = median_low(sorted([*finite, *norms])) if finite else math.inf
+    measured = [length for length in lengths.values() if 0 < length < math.inf]
+    usual = median_low(sorted([*measured, *norms])) if measured else math.inf
+    bad = set()
     for name, length in lengths.items():
-        if not math.isfinite(length):
-            where = next((t for t in pool.tensors if not _finite(pool, name, t)), "some tensor")
-            rejected.append(Rejection(name, "nonfinite", f"{where!r} holds NaN or infinity"))
+        problem = None
+        if length == 0:
+            problem = "unchanged", "the update is too small for its norm to be a number above 0"
+        elif not math.isfinite(length):
+            where = _nonfinite(checkpoint_of(candidates[name]))
+            problem = "nonfinite", f"{where!r} holds NaN or infinity"
+            if where is None:
+                problem = "norm", "the update's norm is too large for a number"
         elif length > options.norm_ratio * usual:
             detail = f"the update's norm is {length:.3g}, {length / usual:.0f} times the median {usual:.3g}"
-            rejected.append(Rejection(name, "norm", f"{detail}; at most {options.norm_ratio:g} times are taken"))
-    bad = {rejection.client for rejection in rejected}
+            problem = "norm", f"{detail}; at most {options.norm_ratio:g} times are taken"
+        if problem is not None:
+            bad.add(name)
+            rejected.append(Rejection(name, *problem))
     kept = [name for name in pool.names if name not in bad]
     accepted = tuple(candidates[name] for name in kept)
     rejected.sort(key=lambda rejection: rejection.client)
     if len(kept) < pool.n:
-        index = [pool.names.index(name) for name in kept]
-        gram = gram[np.ix_(index, index)]
-        pool = pool_of(anchor, accepted, backend, device) if kept else None  # type: ignore[assignment]
+        if not kept:
+            return Screened((), tuple(rejected), None, np.zeros((0, 0)), {}, received)
+        # Anew, so that not even the rounding of its sums tells that there was anybody else.
+        pool = pool_of(anchor, accepted, backend, device)
+        gram = pool.gram(pool.blocks("model"))[0]
     marks = {name: fingerprints[name] for name in kept}
     return Screened(accepted, tuple(rejected), pool, gram, marks, received)
 
@@ -202,6 +218,23 @@ def _fits(sent: Checkpoint, found: Checkpoint) -> tuple[str, str] | None:
     return None
 
 
-def _finite(pool: Pool, expert: str, tensor: str) -> bool:
-    blocks = pool.restrict([tensor]).subset([expert])
-    return bool(np.isfinite(blocks.gram(blocks.blocks("model"))).all())
+def _moved(sent: Checkpoint, found: Checkpoint) -> bool:
+    """Whether some floating-point value differs; reads up to the first one that does."""
+    return any(
+        not torch.equal(ours.double(), theirs.double())
+        for name, info in sent.tensors.items()
+        if info.is_float
+        for ours, theirs in zip(_pieces(sent, name), _pieces(found, name), strict=True)
+    )
+
+
+def _nonfinite(found: Checkpoint) -> str | None:
+    """Return the first tensor that holds NaN or infinity."""
+    floats = (name for name, info in found.tensors.items() if info.is_float)
+    return next((n for n in floats if not all(bool(torch.isfinite(p).all()) for p in _pieces(found, n))), None)
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+    scratch, read, size = Scratch(PIECE), checkpoint.reader(name), checkpoint.tensors[name].numel
+    for start in range(0, size, PIECE):
+        yield read(start, min(start + PIECE, size), scratch.raw)
