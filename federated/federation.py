@@ -10,11 +10,12 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..pools import model_fingerprint
@@ -26,7 +27,7 @@ from .faults import roster
 from .replies import Client, Reply, Weights
 from .rounds import merge_round
 from .screening import Screening
-from .state import ServerState
+from .state import ServerState, stored
 from .step import ServerData, ServerStep
 from .training import attention
 
@@ -219,26 +220,38 @@ class Run:
                 f"{folder} holds a federation already. Go on with it (resume), or choose another folder."
             )
         if folder is not None and resume and (folder / STATE).exists():
-            origin = load_file(folder / START)
-            state, weights = ServerState.load(folder / STATE, origin, self.identity)
+            state, weights = ServerState.load(folder / STATE, self._origin(folder / START), self.identity)
+            devices = {name: tensor.device for name, tensor in self.federation.start.items()}
+            weights = {name: tensor.to(devices[name]) for name, tensor in weights.items()}
+            state = replace(state, origin={name: t.to(devices[name]) for name, t in state.origin.items()})
             self.header, kept = read_rounds(folder / ROUNDS)
             self.records = [record for record in kept if record["round"] <= state.round]
         if not self.header:
             start = {}
             if self.federation.evaluate is not None:
-                start = self.federation.evaluate(weights).describe()
+                start = self.federation.evaluate(self.federation.start).describe()
             tasks = list(start.get("accuracy", {}))
             self.header = {"schema": SCHEMA, **self.identity, "tasks": tasks, "start": start}
         self.header["rounds"] = rounds
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if state.round == 0:
-                write_bytes(folder / START, save({n: t.contiguous() for n, t in self.federation.start.items()}))
+                write_bytes(folder / START, save(stored(self.federation.start)))
                 state.save(folder / STATE, weights, self.identity)
             lines = [dumps(line) + "\n" for line in (self.header, *self.records)]
             write_bytes(folder / ROUNDS, "".join(lines).encode())
             self._stream = stack.enter_context((folder / ROUNDS).open("a", encoding="utf-8"))
         return state, weights
+
+    @staticmethod
+    def _origin(path: Path) -> Weights:
+        try:
+            return load_file(path)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise FederationError(
+                f"{path}, the model that the federation began with, cannot be read ({error}). Put it back, or begin "
+                "anew in another folder."
+            ) from None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
@@ -261,21 +274,20 @@ class Run:
         """Write the model and return the history."""
         if self.folder is not None:
             metadata = {"rounds": str(state.round), "step": dumps(self.federation.step.describe()), "status": status}
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            write_bytes(self.folder / MODEL, save(tensors, metadata=metadata))
+            write_bytes(self.folder / MODEL, save(stored(weights), metadata=metadata))
         return History(weights, state, self.header, self.records, status, message)
 
 
 def read_rounds(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return header and records of a trace; a last line that a kill cut short is left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().split(b"\n")  # not splitlines: U+2028 is no end of a line in JSON
     except FileNotFoundError:
         return {}, []
     found: list[dict[str, Any]] = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            found.append(json.loads(line.decode()))
         except ValueError:
             break
     return (found[0], found[1:]) if found else ({}, [])

@@ -1,4 +1,4 @@
-"""Server optimizers: what another step proposes is a pseudo-gradient, Δ = θ' − θ_t, and the server takes a step of its own.
+"""Server optimizers: what another step proposes is a pseudo-gradient, Δ = θ' − θ_t, along which the server steps.
 
     momentum   m ← β1 m + Δ                                        θ_{t+1} = θ_t + lr · m
     adagrad    m ← β1 m + (1 − β1) Δ,  v ← v + Δ²                  θ_{t+1} = θ_t + lr · m / (√v + adaptivity)
@@ -73,7 +73,8 @@ class ServerOptimizer(ServerStep):
                     memory[SECOND + name] = second.numpy()
                     move = first / (second.sqrt() + self.adaptivity)
                 weights[name] = anchor + self.lr * move
-        return Proposal(weights, None, {"inner": dict(inner.details)}, inner.data_used, memory)
+        details = {"inner": dict(inner.details)}
+        return replace(inner, weights=weights, coefficients=None, details=details, memory=memory)
 
     @staticmethod
     def _moment(round: Round, kind: str, name: str, like: torch.Tensor) -> torch.Tensor:

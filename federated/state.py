@@ -42,7 +42,7 @@ class ServerState:
 
     def save(self, path: str | Path, weights: Weights, identity: Mapping[str, Any]) -> None:
         """Write state and global model. identity: what a run that resumes from the file must agree with."""
-        tensors = {MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        tensors = {MODEL + name: tensor for name, tensor in stored(weights).items()}
         tensors |= {MEMORY + name: torch.from_numpy(np.array(value)) for name, value in self.memory.items()}
         content = {
             "round": self.round,
@@ -79,6 +79,17 @@ class ServerState:
             fingerprints={**self.fingerprints, **fingerprints},
             norms=(*self.norms, *norms)[-HISTORY:],
         )
+
+
+def stored(weights: Weights) -> dict[str, torch.Tensor]:
+    """Return the tensors as safetensors takes them: on the CPU, contiguous, and tied ones each with its own memory."""
+    found, memories = {}, set()
+    for name, tensor in weights.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if memory in memories else plain
+        memories.add(memory)
+    return found
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
