@@ -118,6 +118,11 @@ COMMANDS = {
     "select": ("select", "command", "Choose the experts that are worth merging."),
     "solve": ("solve", "command", "Merge: find the coefficients that minimize an objective."),
     "merge": ("merge", "command", "Merge in closed form: average, TIES, DARE, Fisher, ..."),
+    "federate": (
+        "federate",
+        "command",
+        "Rounds of a federation: clients train, any solver or merge merges.",
+    ),
     "evaluate": ("evaluate", "command", "Top-1 accuracy of checkpoints and runs on tasks."),
     "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
     "materialize": ("materialize", "command", "Write the merged checkpoint of a run."),
@@ -125,7 +130,7 @@ COMMANDS = {
     "list": (
         "listing",
         "command",
-        "Solvers, rules, domains, objectives, presets, methods, transforms, selectors.",
+        "Solvers, rules, objectives, presets, methods, transforms, selectors, server steps, ...",
     ),
 }
 
@@ -146,5 +151,6 @@ def main() -> None:
       mergesolve pool inspect --base base.safetensors --expert 'experts/*.safetensors'
       mergesolve solve --zoo --task digits --task shapes --preset fw-soft
       mergesolve merge ties --pool pool.yaml --scale 0.3 --out ties.safetensors
+      mergesolve federate --protocol continual-clip --step rows-penalty
       mergesolve list methods
     """

@@ -33,6 +33,7 @@ USER_ERRORS = (
     ("mergesolve.objectives", "DataError"),
     ("mergesolve.objectives.errors", "DataError"),
     ("mergesolve.solvers", "OptionError"),
+    ("mergesolve.federated", "FederationError"),
     ("mergesolve.reports.run", "RunError"),
     ("mergesolve.zoo", "ZooError"),
 )

@@ -9,7 +9,18 @@ import click
 from .flags import json_flag
 from .names import choose
 
-KINDS = ("solvers", "rules", "domains", "objectives", "presets", "methods", "transforms", "selectors")
+KINDS = (
+    "solvers",
+    "rules",
+    "domains",
+    "objectives",
+    "presets",
+    "methods",
+    "transforms",
+    "selectors",
+    "steps",
+    "protocols",
+)
 
 
 def entries(kind: str) -> list[dict[str, str]]:
@@ -30,6 +41,14 @@ def entries(kind: str) -> list[dict[str, str]]:
         from ..pools.transforms import TRANSFORMS
 
         return [_entry(name, entry) for name, entry in TRANSFORMS.items()]
+    if kind == "steps":
+        from ..federated.registry import STEPS
+
+        return [_entry(name, entry) for name, entry in STEPS.items()]
+    if kind == "protocols":
+        from .protocol import PROTOCOLS
+
+        return [{"name": name, "summary": about, "source": ""} for name, (about, _) in PROTOCOLS.items()]
     from ..solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
 
     if kind == "presets":
@@ -56,7 +75,9 @@ def _entry(name: str, entry: Any) -> dict[str, str]:
 @json_flag
 def command(kind: str | None, as_json: bool) -> None:
     """List what can be named: solvers, rules (step rules), domains, objectives, presets; methods of `merge`;
-    transforms of a pool; selectors of experts. All of them without KIND.
+    transforms of a pool; selectors of experts; steps and protocols of `federate`. All of them without KIND.
+
+    Every method and every preset is a server step, too.
 
     \b
     Examples:

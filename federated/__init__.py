@@ -13,52 +13,84 @@ from .errors import FederationError
 if TYPE_CHECKING:
     from .clients import TaskClient, UpdateCache, fit_all
     from .faults import FAULTS, Faulty, Membership, roster
+    from .federation import Accuracy, Federation, History, federate
     from .oracle import LocalScorer, RemoteClient, RemotePool, RemoteProblem, Traffic, federated_frank_wolfe
     from .partition import dirichlet, iid
+    from .registry import STEPS, make_step
     from .replies import Client, Reply
+    from .rounds import merge_round
+    from .screening import Screening
+    from .state import ServerState
+    from .step import Proposal, Round, ServerData, ServerStep
     from .training import Training, train
 
 _MODULES = {
-    "Client": "replies",
     "FAULTS": "faults",
+    "STEPS": "registry",
+    "Accuracy": "federation",
+    "Client": "replies",
     "Faulty": "faults",
+    "Federation": "federation",
+    "History": "federation",
     "LocalScorer": "oracle",
     "Membership": "faults",
+    "Proposal": "step",
     "RemoteClient": "oracle",
     "RemotePool": "oracle",
     "RemoteProblem": "oracle",
     "Reply": "replies",
+    "Round": "step",
+    "Screening": "screening",
+    "ServerData": "step",
+    "ServerState": "state",
+    "ServerStep": "step",
     "TaskClient": "clients",
     "Traffic": "oracle",
     "Training": "training",
     "UpdateCache": "clients",
     "dirichlet": "partition",
+    "federate": "federation",
     "federated_frank_wolfe": "oracle",
     "fit_all": "clients",
     "iid": "partition",
+    "make_step": "registry",
+    "merge_round": "rounds",
     "roster": "faults",
     "train": "training",
 }
 
 __all__ = [
     "FAULTS",
+    "STEPS",
+    "Accuracy",
     "Client",
     "Faulty",
+    "Federation",
     "FederationError",
+    "History",
     "LocalScorer",
     "Membership",
+    "Proposal",
     "RemoteClient",
     "RemotePool",
     "RemoteProblem",
     "Reply",
+    "Round",
+    "Screening",
+    "ServerData",
+    "ServerState",
+    "ServerStep",
     "TaskClient",
     "Traffic",
     "Training",
     "UpdateCache",
     "dirichlet",
+    "federate",
     "federated_frank_wolfe",
     "fit_all",
     "iid",
+    "make_step",
+    "merge_round",
     "roster",
     "train",
 ]

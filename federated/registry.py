@@ -22,9 +22,9 @@ ROW_DISTILLATION: dict[str, Any] = {
     "objective": {"name": "distillation", "batch_size": 16},
     "blocks": "row",
     "domain": "free",
-    "solver": {"name": "adaptive", "lr": 0.05, "schedule": "cosine"},
+    "solver": {"name": "adaptive", "lr": 0.02, "schedule": "cosine"},
     "start": "average",
-    "max_iter": 80,
+    "max_iter": 30,
     "origin": True,
 }
 """Fit the rows of the merge to what each client's model says of the server's inputs."""
@@ -76,7 +76,7 @@ def _solving(name: str, defaults: Mapping[str, Any]) -> Callable[[dict[str, Any]
         from .merging import Preparation
         from .solving import SolveStep
 
-        given = {**defaults, **options, "name": name}
+        given = {**_over(defaults, options), "name": name}
         prepare = {key: given.pop(key) for key in PREPARED if key in given}
         return _built(SolveStep, {**given, "prepare": Preparation(**prepare)})
 
@@ -140,7 +140,7 @@ STEPS: dict[str, Entry] = {
     ),
     "solve": Entry(
         "Any solver, objective, blocks and domain.",
-        "DESIGN of the package",
+        "",
         "as the objective",
         _solving("solve", {}),
     ),
@@ -154,13 +154,13 @@ STEPS: dict[str, Entry] = {
         "The same, plus the price of forgetting on reference inputs.",
         "the same, and learning without forgetting (Li and Hoiem 2016)",
         "inputs for each client, reference inputs",
-        _solving("rows-penalty", {**ROW_DISTILLATION, "retention": {"weight": 1.0, "batch_size": 128}}),
+        _solving("rows-penalty", {**ROW_DISTILLATION, "retention": {"weight": 3.0, "batch_size": 64}}),
     ),
     "rows-bound": Entry(
         "The same, with forgetting bounded: the reference loss stays below ε.",
         "augmented Lagrangian (Bertsekas 1982)",
         "inputs for each client, reference inputs",
-        _solving("rows-bound", {**ROW_DISTILLATION, "retention": {"bound": 0.1, "batch_size": 128}}),
+        _solving("rows-bound", {**ROW_DISTILLATION, "retention": {"bound": 0.05, "batch_size": 64, "outer": 3}}),
     ),
     "fw-bound": Entry(
         "Frank-Wolfe on distillation with the reference loss below ε, inside the hull.",
@@ -232,6 +232,23 @@ def make_step(spec: object) -> ServerStep:
         made = _solving(name, preset if transforms is None else {**preset, "transforms": transforms})(options)
         return made
     raise unknown("server step", name, names())
+
+
+def _over(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options on top of defaults; mappings merge where they name the same thing, and a penalty replaces a bound."""
+    found = {**defaults, **options}
+    for key, value in options.items():
+        default = defaults.get(key)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(default, Mapping)
+            and value.get("name") in (None, default.get("name"))
+        ):
+            found[key] = {**default, **value}
+            for one, other in (("weight", "bound"), ("bound", "weight")):
+                if key == "retention" and value.get(one) is not None and value.get(other) is None:
+                    found[key].pop(other, None)
+    return found
 
 
 def _built(cls: Any, options: dict[str, Any]) -> Any:

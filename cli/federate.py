@@ -1,0 +1,263 @@
+"""`mergesolve federate`: rounds of a federation in this process, or a study of many server steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .flags import json_flag, named_options
+from .names import UsageProblem
+
+if TYPE_CHECKING:
+    from .protocol import FederationRecipe
+
+RECIPE = "federation.yaml"
+FIGURES = "figures"
+
+
+@click.command(short_help="Rounds of a federation: clients train, the server merges.")
+@click.argument("recipe_file", required=False, metavar="[RECIPE.yaml]")
+@click.option("--protocol", metavar="NAME", help="continual-clip (9 tasks of the zoo) or label-skew (one task).")
+@click.option("--step", metavar="NAME[:KEY=VALUE,...]", help="The server step (see `list steps`; default fedavg).")
+@click.option("--client", "clients", multiple=True, metavar="NAME", help="Only these tasks of the zoo. Repeatable.")
+@click.option("--rounds", type=int, metavar="T", help="How many rounds.")
+@click.option("--images", type=int, metavar="N", help="Training samples a client.")
+@click.option("--server-images", type=int, metavar="N", help="The server's samples for each client's task; 0 for none.")
+@click.option("--labels/--no-labels", default=None, help="Whether the server's samples have labels (default: not).")
+@click.option("--reference", type=int, metavar="N", help="The server's reference images a concept; 0 for none.")
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="CLIENT=KIND[@ROUND,...]",
+    help="Rehearse a fault: nonfinite, shape, missing, huge, stale, late, dropout, crash. Repeatable.",
+)
+@click.option("--seed", type=int, metavar="N", help="Decides every random choice.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any field, such as training.lr=1e-4. Repeatable."
+)
+@click.option("--run", "folder", metavar="FOLDER", help="Where the run goes (default: runs/federate-STEP).")
+@click.option("--resume", metavar="FOLDER", help="Go on with a run; --rounds may be larger than before.")
+@click.option("--study", is_flag=True, help="All server steps of the study, over several seeds.")
+@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Seeds of the study.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only these steps of the study. Repeatable.")
+@click.option(
+    "--workers", type=int, default=1, show_default=True, metavar="N", help="Clients, or runs of a study, at once."
+)
+@click.option("--figures/--no-figures", default=True, help="Draw the run.")
+@json_flag
+def command(
+    recipe_file: str | None,
+    folder: str | None,
+    resume: str | None,
+    study: bool,
+    seeds: int,
+    only: tuple[str, ...],
+    workers: int,
+    figures: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Let clients fine-tune one model, merge what they send, and repeat; the server step is any merge or solver.
+
+    Each round prints the mean accuracy over the clients' tasks and that on the reference set, which nobody trains on:
+    what was learned, and what was forgotten. The run folder holds the recipe, a record a round (rounds.jsonl), the
+    state from which a killed server goes on (--resume), the model and figures. Updates of clients are kept in the
+    cache folder, so that steps that are compared do not train their first round twice.
+
+    \b
+    Examples:
+      mergesolve federate --protocol continual-clip --step fedavg
+      mergesolve federate --protocol continual-clip --step rows-bound --set step.retention.bound=0.05
+      mergesolve federate --protocol continual-clip --step ties:density=0.2 --fault digits=nonfinite@2
+      mergesolve federate --resume runs/federate-fedavg --rounds 20
+      mergesolve federate --protocol continual-clip --study --workers 2 --run runs/study
+      mergesolve federate my-federation.yaml
+    """
+    from .console import note
+
+    recipe = read_recipe(recipe_file, resume, flags)
+    if study:
+        from .study import run_study
+
+        if resume is not None:
+            raise UsageProblem("--resume is for one run; a study goes on by itself when its folder is named again.")
+        run_study(recipe, Path(folder or "runs/study"), seeds, only, workers, quiet=as_json, figures=figures)
+        return
+    if only:
+        raise UsageProblem("--only chooses steps of a --study.")
+    place = Path(resume) if resume is not None else _new_folder(recipe, folder)
+    outcome = run_one(recipe, place, resume=resume is not None, workers=workers, quiet=as_json)
+    drawn = draw(place) if figures and outcome["records"] else []
+    if as_json:
+        from .console import print_json
+
+        print_json({**outcome, "folder": str(place), "figures": [str(path) for path in drawn]})
+    else:
+        note(f"{place}: {outcome['status']}" + (f"; figures in {place / FIGURES}" if drawn else ""))
+    if outcome["status"] == "stopped":
+        from .errors import SolveFailed
+
+        raise SolveFailed(f"the federation stopped: {outcome['message']} Go on with --resume {place}.")
+    if outcome["status"] == "interrupted":
+        from .errors import Interrupted
+
+        raise Interrupted(f"interrupted after round {len(outcome['records'])}; go on with --resume {place}")
+
+
+def read_recipe(recipe_file: str | None, resume: str | None, flags: Mapping[str, Any]) -> FederationRecipe:
+    """The recipe that file and flags make together; of a run that is resumed, the one in its folder."""
+    from .flags import from_yaml
+    from .protocol import federation_recipe, relative_to
+    from .recipe import assign, merge, read_yaml
+
+    fields: dict[str, Any] = {}
+    if resume is not None:
+        if recipe_file is not None or flags["protocol"]:
+            raise UsageProblem("--resume takes the recipe of the run; leave the recipe file and --protocol out.")
+        if not (Path(resume) / RECIPE).is_file():
+            raise UsageProblem(f"--resume '{resume}': it holds no {RECIPE}, so `mergesolve federate` did not write it.")
+        fields = read_yaml(Path(resume) / RECIPE, "recipe")
+    elif recipe_file is not None:
+        fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
+    over: dict[str, Any] = {}
+    if flags["protocol"]:
+        over["protocol"] = flags["protocol"]
+    if flags["step"]:
+        over["step"] = named_options(flags["step"], "--step")
+    if flags["clients"]:
+        over["clients"] = list(flags["clients"])
+    for flag, key in (("rounds", "rounds"), ("seed", "seed")):
+        if flags[flag] is not None:
+            over[key] = flags[flag]
+    for flag, part, key in (
+        ("images", "training", "images"),
+        ("server_images", "server", "images"),
+        ("labels", "server", "labels"),
+        ("reference", "server", "reference"),
+    ):
+        if flags[flag] is not None:
+            over.setdefault(part, {})[key] = flags[flag]
+    fields = merge(fields, over)
+    if not fields.get("protocol") and not fields.get("clients") and not fields.get("partition"):
+        fields["protocol"] = "continual-clip"
+    for pair in flags["sets"]:
+        path, separator, text = pair.partition("=")
+        if not separator or not path:
+            raise UsageProblem(f"--set '{pair}': expected KEY=VALUE, such as training.lr=1e-4.")
+        if path.split(".")[0] == "step" and "step" not in fields:
+            fields["step"] = {"name": "fedavg"}
+        assign(fields, path, from_yaml(text))
+    recipe = federation_recipe(fields)
+    return with_faults(recipe, flags["faults"])
+
+
+def with_faults(recipe: FederationRecipe, faults: tuple[str, ...]) -> FederationRecipe:
+    """The recipe with faults that are rehearsed."""
+    from dataclasses import replace
+
+    from .names import choose
+    from .protocol import FaultPart
+
+    clients = {client.name: client for client in recipe.clients}
+    for text in faults:
+        name, separator, rest = text.partition("=")
+        kind, _, rounds = rest.partition("@")
+        if not separator or not kind:
+            raise UsageProblem(f"--fault '{text}': expected CLIENT=KIND or CLIENT=KIND@ROUND,ROUND.")
+        choose("client", name, clients, where="--fault")
+        try:
+            numbers = tuple(int(number) for number in rounds.split(",")) if rounds else None
+        except ValueError:
+            raise UsageProblem(f"--fault '{text}': rounds are numbers, as in {name}={kind}@2,3.") from None
+        clients[name] = replace(clients[name], fault=FaultPart(kind, numbers))
+    return replace(recipe, clients=tuple(clients.values()))
+
+
+def run_one(
+    recipe: FederationRecipe, folder: Path, *, resume: bool, workers: int = 1, quiet: bool = False, updates: bool = True
+) -> dict[str, Any]:
+    """Run a federation into a folder; returns its header, records, status and message."""
+    from .console import counting, note
+    from .federating import FederationSetup, cache_folder
+    from .protocol import to_yaml
+
+    setup = FederationSetup(recipe, cache_folder() if updates else None)
+    setup.check()
+    federation = setup.federation
+    from ..federated import federate
+    from ..solvers.files import write_bytes
+
+    if resume and not folder.is_dir():
+        raise UsageProblem(f"--resume '{folder}': there is no such folder.")
+    if not resume:  # before the first round, so that a run that is killed in it can be resumed
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / RECIPE, to_yaml(recipe).encode())
+
+    def tell(record: dict[str, Any]) -> None:
+        if not quiet:
+            note(line_of(record, recipe.rounds))
+
+    with counting("", quiet=quiet) as progress:
+        history = federate(
+            federation,
+            recipe.rounds,
+            folder,
+            resume=resume,
+            workers=workers,
+            callback=tell,
+            progress=progress,
+            backend=recipe.backend,
+            device=recipe.device,
+        )
+    write_bytes(folder / RECIPE, to_yaml(recipe).encode())
+    return {
+        "header": history.header,
+        "records": history.records,
+        "status": history.status,
+        "message": history.message,
+    }
+
+
+def line_of(record: Mapping[str, Any], rounds: int) -> str:
+    """A round in one line."""
+    if record["repeat"]:
+        text = f"round {record['round']}/{rounds}: too few replies"
+    else:
+        text = f"round {record['round']}/{rounds}:"
+        if record.get("mean") is not None:
+            text += f" clients {record['mean']:.1f}%"
+        if record.get("reference") is not None:
+            text += f"  reference {record['reference']:.1f}%"
+        text += f"  step {record['step_length']:.3g}  server {record['seconds']['server']:.1f} s"
+        method = record.get("method", {})
+        if method.get("bound") is not None:
+            text += f"  reference loss {method['reference_loss']:.3g} ≤ {method['bound']:g}"
+    for left in record["rejected"]:
+        text += f"\n  left out {left['client']}: {left['reason']} ({left['detail']})"
+    return text
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw a run or a study into its folder."""
+    from ..reports import read_study, save_federation
+
+    return list(save_federation(read_study(folder), folder / FIGURES))
+
+
+def _new_folder(recipe: FederationRecipe, wanted: str | None) -> Path:
+    if wanted is not None:
+        if (Path(wanted) / "rounds.jsonl").exists():
+            raise UsageProblem(
+                f"--run '{wanted}' holds a federation already. Go on with it (--resume {wanted}), or name another "
+                "folder."
+            )
+        return Path(wanted)
+    for k in range(1, 10_000):
+        folder = Path("runs") / (f"federate-{recipe.step.name}" + ("" if k == 1 else f"-{k}"))
+        if not folder.exists():
+            return folder
+    raise UsageProblem("runs/ holds 10000 federations of this step. Give --run FOLDER.")

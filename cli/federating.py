@@ -1,0 +1,247 @@
+"""From a federation's recipe to live objects: clients, what the server holds, evaluation, the federation itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .names import UsageProblem, choose
+from .protocol import ClientPart, FederationRecipe, federation_recipe
+from .recipe import PoolPart, Recipe, TaskPart, plain
+from .setup import Setup
+
+if TYPE_CHECKING:
+    from ..federated import Client, Federation, UpdateCache
+    from ..federated.federation import Accuracy
+    from ..federated.step import ServerData
+    from ..objectives import Task
+
+REFERENCE = "reference"
+
+
+def cache_folder() -> Path:
+    """Where clients' updates are kept: $MERGESOLVE_CACHE/updates, or ~/.cache/mergesolve/updates."""
+    return Path(os.environ.get("MERGESOLVE_CACHE") or Path.home() / ".cache" / "mergesolve") / "updates"
+
+
+class FederationSetup:
+    """The live counterpart of a federation's recipe; every part is made when it is first asked for."""
+
+    def __init__(self, recipe: FederationRecipe, updates: Path | None = None) -> None:
+        self.recipe = recipe
+        self._updates = updates
+        self._single = Setup(
+            Recipe(zoo=recipe.zoo, pool=PoolPart(base=recipe.base, device=recipe.device), model=recipe.model)
+        )
+
+    def check(self) -> None:
+        """Find what is missing or misspelled before anything is loaded."""
+        from ..federated.faults import FAULTS
+        from ..federated.registry import make_step
+
+        recipe = self.recipe
+        if not recipe.clients and recipe.partition is None:
+            raise UsageProblem(
+                "the federation has no clients. Give --protocol continual-clip, --client NAME for tasks of the zoo, or "
+                "a recipe file with clients."
+            )
+        if not recipe.zoo and recipe.base is None:
+            raise UsageProblem("the federation has no base to begin with. Give 'base: PATH' in the recipe, or --zoo.")
+        for client in recipe.clients:
+            if client.fault is not None:
+                choose("fault", client.fault.kind, FAULTS, where=f"client '{client.name}'")
+        make_step(recipe.step.plain())
+
+    @cached_property
+    def model(self) -> Any:
+        """What turns weights and images into logits; shared by clients, server and evaluation."""
+        if self.recipe.zoo:
+            return self._single.zoo.model(device=self.recipe.device, precision=self.recipe.model.precision)
+        if self.recipe.model.architecture is not None and self.recipe.model.weights is None:
+            single = Setup(replace(self._single.recipe, model=replace(self.recipe.model, weights=self.recipe.base)))
+            return single.model
+        return self._single.model
+
+    # Data
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[str, Task, Task | None, Task | None], ...]:
+        """By client: its name, its training set, its test set, and what the server holds of its task.
+
+        All of them are classified among the classes of all clients.
+        """
+        from ..objectives import joint
+
+        recipe = self.recipe
+        if recipe.partition is not None:
+            return self._shares()
+        names = [client.name for client in recipe.clients]
+        parts = [client.task for client in recipe.clients]
+        train = joint([self._task(part, "train", None) for part in parts])
+        test = joint([self._test(part) for part in parts])
+        server: Sequence[Task | None] = [None] * len(names)
+        if recipe.server.images:
+            server = joint([self._task(part, recipe.server.split, recipe.server.images) for part in parts])
+        return tuple(zip(names, train, test, server, strict=True))
+
+    def _shares(self) -> tuple[tuple[str, Task, Task | None, Task | None], ...]:
+        from ..federated import dirichlet, iid
+
+        part = self.recipe.partition
+        assert part is not None
+        whole = self._task(part.task, "train", None)
+        if part.alpha is None:
+            shares = iid(whole, part.clients, self.recipe.seed)
+        else:
+            shares = dirichlet(whole, part.clients, part.alpha, self.recipe.seed)
+        found: list[tuple[str, Task, Task | None, Task | None]] = []
+        images = self.recipe.server.images
+        server = self._task(part.task, self.recipe.server.split, images) if images else None
+        for k, share in enumerate(shares):
+            held = None if server is None else replace(server, name=share.name, parts=server.texts)
+            found.append((share.name, share, self._test(part.task) if k == 0 else None, held))
+        return tuple(found)
+
+    def _task(self, part: TaskPart, split: str, limit: int | None) -> Task:
+        task = self._single.load_task(replace(part, split=part.split or split, limit=None))
+        return task if limit is None else task.subset(limit, seed=self.recipe.seed)
+
+    def _test(self, part: TaskPart) -> Task:
+        limit = self.recipe.evaluation.images
+        task = self._single.load_test(part)
+        return task if limit is None else task.subset(limit, seed=0)
+
+    def _reference(self, split: str) -> Task | None:
+        """Inputs of what the first model knows; for the server without labels, for evaluation with them."""
+        recipe = self.recipe
+        part = recipe.server.reference_data
+        if part is not None:
+            named = replace(part, name=REFERENCE)
+            if split == "test":
+                return self._single.load_test(named) if part.test is not None or part.hub is not None else None
+            return self._task(named, "train", recipe.server.reference or None) if recipe.server.reference else None
+        if not recipe.zoo:
+            return None
+        each = (recipe.evaluation.reference or 8) if split == "test" else recipe.server.reference
+        found: Task | None = self._single.zoo.reference(split, each=each) if each else None
+        return found
+
+    # The federation
+
+    @cached_property
+    def clients(self) -> tuple[Client, ...]:
+        """All clients, with their comings and goings, and the faults that are rehearsed."""
+        named = {client.name: client for client in self.recipe.clients}
+        return tuple(self._client(named.get(name, ClientPart(name)), task) for name, task, _, _ in self._parts)
+
+    def _client(self, part: ClientPart, task: Task) -> Client:
+        from ..federated import Faulty, Membership, TaskClient, Training
+
+        options = plain(self.recipe.training)
+        images = options.pop("images")
+        client: Client = TaskClient(
+            part.name,
+            self.model,
+            task if images is None else task.subset(images, seed=self.recipe.seed),
+            Training(**options, seed=self.recipe.seed),
+            fisher=self.recipe.server.client_fisher or None,
+            cache=self._cache,
+        )
+        if part.fault is not None:
+            client = Faulty(client, part.fault.kind, part.fault.rounds)
+        if part.joins != 1 or part.leaves is not None or part.absent:
+            client = Membership(client, part.joins, part.leaves, part.absent)
+        return client
+
+    @cached_property
+    def _cache(self) -> UpdateCache | None:
+        from ..federated import UpdateCache
+
+        return None if self._updates is None else UpdateCache(self._updates)
+
+    @cached_property
+    def start(self) -> Mapping[str, Any]:
+        """The model that the federation begins with, all of its tensors."""
+        from ..pools import Pool
+
+        path = str(self._single.zoo.base) if self.recipe.zoo else str(self.recipe.base)
+        if self.recipe.zoo or self.recipe.model.module is not None:
+            return Pool.open(base=path, experts={"itself": path}, backend="streaming").base_weights()
+        weights: Mapping[str, Any] = self.model.base_weights()
+        return weights
+
+    @cached_property
+    def data(self) -> ServerData:
+        """What the server may look at."""
+        from ..federated.step import ServerData
+
+        part = self.recipe.server
+        held = {name: task for name, _, _, task in self._parts if task is not None}
+        if not part.labels:
+            held = {name: task.without_labels() for name, task in held.items()}
+        reference = self._reference("train")
+        fisher = None
+        if part.fisher:
+            if reference is None:
+                raise UsageProblem("server: 'fisher' is estimated on reference inputs; give 'reference' as well.")
+            from ..objectives import fisher_diagonal
+
+            fisher = fisher_diagonal(
+                self.model, dict(self.start), reference, estimator="sampled", samples=part.fisher, seed=self.recipe.seed
+            ).tensors
+        return ServerData(self.model, held, None if reference is None else reference.without_labels(), fisher)
+
+    def evaluate(self, weights: Mapping[str, Any]) -> Accuracy:
+        """Accuracies on the test sets, in percent."""
+        from ..federated.federation import Accuracy
+        from ..objectives import evaluate
+
+        scores = evaluate(self.model, dict(weights), list(self._tests.values()))
+        found = {name: 100 * scores[task.name] for name, task in self._tests.items()}
+        return Accuracy({n: v for n, v in found.items() if n != REFERENCE}, found.get(REFERENCE))
+
+    @cached_property
+    def _tests(self) -> dict[str, Task]:
+        tests = {test.name: test for _, _, test, _ in self._parts if test is not None}
+        reference = self._reference("test")
+        return tests if reference is None else {**tests, REFERENCE: reference}
+
+    @cached_property
+    def federation(self) -> Federation:
+        """All of it."""
+        from ..federated import Federation, Screening
+        from ..federated.registry import make_step
+
+        recipe = self.recipe
+        settings = {key: plain(getattr(recipe, key)) for key in SETTINGS}
+        return Federation(
+            self.clients,
+            self.start,
+            make_step(recipe.step.plain()),
+            data=self.data,
+            evaluate=self.evaluate,
+            screening=Screening(**plain(recipe.screening)),
+            seed=recipe.seed,
+            protocol=recipe.protocol,
+            settings=settings,
+        )
+
+
+SETTINGS = tuple(
+    field.name
+    for field in dataclasses.fields(FederationRecipe)
+    if field.name not in ("protocol", "step", "rounds", "seed")
+)
+"""Fields that a resumed federation must agree with, besides those that `Federation` knows itself."""
+
+
+def build(fields: Mapping[str, Any]) -> Federation:
+    """A federation from the plain fields of a recipe: what Flower's apps are given."""
+    setup = FederationSetup(federation_recipe(fields), cache_folder())
+    setup.check()
+    return setup.federation

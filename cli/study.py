@@ -1,0 +1,200 @@
+"""The study of server steps: every step × every seed, one run folder each; a study that was killed goes on.
+
+The fixed steps are those of Table 1 of Kubota et al. (2025), at one setting each; the sweep is their Figure 2. Solver
+steps see the server's unlabeled inputs, never a test set; their settings were chosen on nine other tasks of the zoo
+(`OTHERS`) with another seed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .names import UsageProblem, choose
+from .protocol import FederationRecipe, federation_recipe
+from .recipe import Choice, merge, plain
+
+OTHERS = ("numerals", "uppercase", "symbols", "pictograms", "polygons", "arrows", "positions", "colours", "gaps")
+DISTILL = {"name": "distillation", "batch_size": 16}
+SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+BOUNDS = (0.005, 0.02, 0.1, 0.3)
+
+FIXED: dict[str, dict[str, Any]] = {
+    "average": {"name": "fedavg"},
+    "paint": {"name": "paint", "alpha": 0.05},
+    "task-arithmetic": {"name": "task-arithmetic", "scale": 0.1},
+    "ties": {"name": "ties", "density": 0.2, "scale": 1.0},
+    "dare": {"name": "dare", "density": 0.1, "scale": 0.1},
+    "breadcrumbs": {"name": "breadcrumbs", "scale": 0.1},
+    "magmax": {"name": "magmax", "scale": 0.5},
+}
+"""The seven steps of the paper, with the factors that suit nine clients (1/9 ≈ 0.1)."""
+WITHOUT_DATA: dict[str, dict[str, Any]] = {
+    "fedexp": {"name": "fedexp"},
+    "stable": {"name": "stable", "safety": 0.3},
+    "geometric-median": {"name": "geometric-median"},
+    "by-phase": {"name": "by-phase", "method": "ties", "density": 0.2},
+    "anchored": {"name": "anchored", "retention": {"by": "euclidean", "bound": 0.5}},
+}
+SOLVING: dict[str, dict[str, Any]] = {
+    "fw-hard": {"name": "fw-hard", "objective": DISTILL},
+    "fw-soft": {"name": "fw-soft", "objective": DISTILL, "max_iter": 2},
+    "projected-gradient": {"name": "projected-gradient", "objective": DISTILL, "max_iter": 10},
+    "adamerging": {"name": "adamerging", "start": "average", "max_iter": 30},
+    "fw-bound": {"name": "fw-bound", "objective": DISTILL},
+    "rows": {"name": "rows"},
+    "rows-penalty": {"name": "rows-penalty"},
+    "rows-bound": {"name": "rows-bound"},
+}
+SWEEP: dict[str, dict[str, Any]] = {
+    f"task-arithmetic-{scale:g}": {"name": "task-arithmetic", "scale": scale} for scale in SCALES
+}
+FRONTIER: dict[str, dict[str, Any]] = {
+    f"rows-bound-{bound:g}": {"name": "rows-bound", "retention": {"bound": bound}} for bound in BOUNDS
+}
+DATA: dict[str, tuple[int, str]] = {
+    "rows-bound-20-images": (20, "rows-bound"),
+    "rows-penalty-20-images": (20, "rows-penalty"),
+}
+"""Steps with less of the server's data: images a task, and the step."""
+
+
+def steps_of_study() -> dict[str, tuple[dict[str, Any], dict[str, Any], bool]]:
+    """Return by label: the step, what it changes in the recipe, and whether it runs on the first seed only."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {}
+    for table, once in ((FIXED, False), (WITHOUT_DATA, False), (SOLVING, False), (SWEEP, True), (FRONTIER, True)):
+        for label, step in table.items():
+            found[label] = (step, {}, once)
+    for label, (images, base) in DATA.items():
+        found[label] = (SOLVING[base], {"server": {"images": images}}, False)
+    return found
+
+
+def run_study(
+    recipe: FederationRecipe,
+    folder: Path,
+    seeds: int,
+    only: tuple[str, ...],
+    workers: int,
+    *,
+    quiet: bool = False,
+    figures: bool = True,
+) -> None:
+    """Run what is missing of the study, then print and write its tables and draw its figures."""
+    if seeds < 1 or workers < 1:
+        raise UsageProblem("--seeds and --workers must be at least 1.")
+    table = steps_of_study()
+    labels = [choose("step of the study", label, table) for label in only] or list(table)
+    jobs = []
+    for seed in range(seeds):
+        for label in labels:
+            step, changes, once = table[label]
+            if once and seed:
+                continue
+            fields = merge(plain(replace(recipe, step=Choice("fedavg"), seed=recipe.seed + seed)), changes)
+            jobs.append((label, {**fields, "step": step}, folder / label / f"seed-{recipe.seed + seed}"))
+    _write_plan(folder, recipe, labels, seeds)
+    waiting = [job for job in jobs if not _done(job[2], recipe.rounds)]
+    _say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", quiet)
+    began = time.monotonic()
+    if workers == 1:
+        for done, job in enumerate(waiting, start=1):
+            _say(_progress(done, len(waiting), began, _work(*job)), quiet)
+    else:
+        _in_processes(waiting, workers, began, quiet)
+    report(folder, figures=figures, quiet=quiet)
+
+
+def _in_processes(jobs: list[tuple[str, Mapping[str, Any], Path]], workers: int, began: float, quiet: bool) -> None:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_threads, initargs=(threads,)) as pool:
+        left: set[Future[str]] = {pool.submit(_work, *job) for job in jobs}
+        total = len(left)
+        try:
+            while left:
+                finished, left = wait(left, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    _say(_progress(total - len(left), total, began, future.result()), quiet)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _work(label: str, fields: Mapping[str, Any], folder: Path) -> str:
+    from .federate import run_one
+
+    outcome = run_one(federation_recipe(fields), folder, resume=(folder / "rounds.jsonl").exists(), quiet=True)
+    last = outcome["records"][-1] if outcome["records"] else {}
+    where = f"{folder.parent.name}, {folder.name}"
+    if outcome["status"] != "finished" or last.get("mean") is None:
+        return f"{where}: {outcome['status']} {outcome['message']}"
+    return f"{where}: clients {last['mean']:.1f}%  reference {last['reference'] or 0:.1f}%"
+
+
+def _progress(done: int, total: int, began: float, text: str) -> str:
+    spent = time.monotonic() - began
+    return f"[{done}/{total}] {text}  ({spent / 60:.0f} min, about {spent / done * (total - done) / 60:.0f} to go)"
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _done(folder: Path, rounds: int) -> bool:
+    from ..federated.federation import read_rounds
+
+    _, records = read_rounds(folder / "rounds.jsonl")
+    return bool(records) and records[-1]["round"] >= rounds and (folder / "model.safetensors").exists()
+
+
+def _write_plan(folder: Path, recipe: FederationRecipe, labels: list[str], seeds: int) -> None:
+    from ..solvers.files import write_json
+
+    path = folder / "study.json"
+    protocol = {key: value for key, value in plain(recipe).items() if key not in ("step", "seed")}
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["protocol"] != protocol:
+            raise UsageProblem(
+                f"'{folder}' holds a study of another protocol or other settings. Name another folder (--run)."
+            )
+        labels = [*dict.fromkeys([*old["steps"], *labels])]
+        order = list(steps_of_study())
+        labels.sort(key=order.index)
+        seeds = max(seeds, len(old["seeds"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [recipe.seed + seed for seed in range(seeds)]
+    write_json(path, {"steps": labels, "seeds": numbers, "protocol": protocol})
+
+
+def report(folder: Path, *, figures: bool, quiet: bool) -> None:
+    """Print the tables, write them as Markdown, draw the figures."""
+    from ..reports import accuracy_table, cost_table, dominance_table, read_study, save_federation
+    from ..solvers.files import write_bytes
+    from .console import note, show
+
+    study = read_study(folder)
+    tables = {"accuracy": accuracy_table(study), "dominance": dominance_table(study), "cost": cost_table(study)}
+    for name, grid in tables.items():
+        write_bytes(folder / f"{name}.md", grid.markdown().encode())
+        if not quiet:
+            show(grid.rich())
+    if figures:
+        save_federation(study, folder / "figures")
+        note(f"figures in {folder / 'figures'}")
