@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..pools import Pool
+from ..pools import KINDS, Pool
 from ..solvers import Problem, Result, Solver, make_domain, make_solver, solve, start_point
-from ..solvers.construct import describe
+from ..solvers.construct import construct, describe
 from ..solvers.domains import Domain
 from ..solvers.errors import check_choice, check_number, unknown
 from .errors import FederationError
@@ -120,9 +120,15 @@ class SolveStep(ServerStep):
         object.__setattr__(self, "objective", spec)
         object.__setattr__(self, "solver", make_solver(self.solver))
         object.__setattr__(self, "domain", make_domain(self.domain))
-        if isinstance(self.retention, Mapping):
-            object.__setattr__(self, "retention", Retention(**self.retention))
+        if self.retention is not None:
+            given = {"name": "retention", **self.retention} if isinstance(self.retention, Mapping) else self.retention
+            object.__setattr__(self, "retention", construct("retention", {"retention": Retention}, given))
         check_number(self, "max_iter", 0, np.inf, integer=True)
+        check_number(self, "tol", 0, np.inf, closed="left")
+        if isinstance(self.blocks, str) and self.blocks not in KINDS:
+            raise unknown("kind of blocks", self.blocks, KINDS)
+        if not isinstance(self.start, str):
+            raise FederationError(f"start: a server step begins at a point with a name. Got {self.start!r} instead.")
         if self.start.startswith("run:"):
             raise FederationError("a server step begins anew in every round; start: run: is for single solves.")
 
