@@ -253,7 +253,8 @@ def _over(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, 
 
 def _built(cls: Any, options: dict[str, Any]) -> Any:
     known = [field.name for field in fields(cls)]
+    listed = [*known, *PREPARED] if "prepare" in known else known
     for option in options:
         if option not in known:
-            raise unknown(f"option of the server step {cls.__name__}:", option, [*known, *PREPARED])
+            raise unknown(f"option of the server step {cls.__name__}:", option, listed)
     return cls(**options)
