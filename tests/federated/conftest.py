@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
 import torch
-from mergesolve.federated import TaskClient, Training, UpdateCache
+from mergesolve.federated import Reply, TaskClient, Training, UpdateCache
+from mergesolve.federated.step import ServerData
 from mergesolve.objectives import CLIP, ModuleModel, Task, joint
 from torch import Tensor, nn
 
@@ -92,3 +93,60 @@ def clip_federation() -> Federation:
     train = joint([task(name, "train") for name in NAMES[:2]])
     test = joint([task(name, "test") for name in NAMES[:2]])
     return Federation(model, model.base_weights(), train, test)
+
+
+class Sample(Protocol):
+    """The factory of `sampled`."""
+
+    def __call__(
+        self, n: int = 4, dtype: torch.dtype = torch.float32, *, seed: int = 0, number: int = 1, anchor: Any = None
+    ) -> tuple[dict[str, Tensor], list[Reply]]: ...
+
+
+SHAPES = {"a.weight": (6, 5), "a.bias": (6,), "b.weight": (4, 6), "scale": ()}
+
+
+@pytest.fixture(scope="session")
+def sampled() -> Sample:
+    """sampled(n): a model of normal entries with an integer buffer, and replies of n clients that moved by about 0.1 an
+    entry, with different numbers of samples and steps; the same ones for the same arguments."""
+
+    def make(
+        n: int = 4, dtype: torch.dtype = torch.float32, *, seed: int = 0, number: int = 1, anchor: Any = None
+    ) -> tuple[dict[str, Tensor], list[Reply]]:
+        if anchor is None:
+            rng = np.random.default_rng([seed, 0])
+            anchor = {name: torch.tensor(rng.normal(size=shape)).to(dtype) for name, shape in SHAPES.items()}
+            anchor["count"] = torch.tensor([3, 2**40])
+        replies = []
+        for i in range(n):
+            rng = np.random.default_rng([seed, number, i])
+            model = {
+                name: (t.double() + 0.1 * torch.tensor(rng.normal(size=t.shape))).to(t.dtype)
+                for name, t in anchor.items()
+                if t.is_floating_point()
+            }
+            model["count"] = anchor["count"] + i
+            fisher = {name: torch.tensor(rng.uniform(0.1, 1, t.shape)).float() for name, t in model.items()}
+            replies.append(Reply(f"c{i}", model, number, samples=10 * (i + 1), steps=3 + i, fisher=fisher))
+        return anchor, replies
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server_data(federation: Federation) -> ServerData:
+    """Eighteen labelled samples a client, 30 reference inputs, and a Fisher diagonal, for `federation`."""
+    tasks = {task.name: task.subset(18, 0) for task in federation.tasks}
+    rng = np.random.default_rng(5)
+    inputs = torch.from_numpy(2 * rng.normal(size=(30, 6)).astype(np.float32))
+    reference = replace(federation.tasks[0], name="reference", inputs=inputs, labels=None)
+    floats = {name: tensor for name, tensor in federation.anchor.items() if tensor.is_floating_point()}
+    fisher = {name: torch.from_numpy(rng.uniform(0.5, 1, t.shape).astype(np.float32)) for name, t in floats.items()}
+    return ServerData(federation.model, tasks, reference, fisher)
+
+
+@pytest.fixture(scope="session")
+def trained(federation: Federation) -> list[Reply]:
+    """What the clients of `federation` send in round 1, with Fisher diagonals."""
+    return [client.fit(federation.anchor, 1) for client in federation.clients(fisher=8)]
