@@ -9,7 +9,6 @@ Task vectors of late rounds are nearly orthogonal, and sparsifying them only los
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -94,9 +93,9 @@ class ByPhase(ServerStep):
         """Measure, set the density, merge."""
         with round.watch.timed("read"):
             now = mean_cosine(round.gram) if self.measure == "cosine" else conflict(round.pool)
-        first = float(round.memory.get(FIRST, now))
+        first = float(round.memory.get(FIRST, 0.0)) or now  # of the first round with any: one client has none
         share = 1.0 if first == 0 else min(1.0, now / first)
-        density = 1 - (1 - self.density) * share
+        density = self.density + (1 - self.density) * (1 - share)  # exactly what is given where nothing has fallen
         inner = self.merge_at(density).propose(round)
         details = {**inner.details, "density": density, "interference": now}
         return Proposal(inner.weights, inner.coefficients, details, inner.data_used, {FIRST: np.array(first)})
