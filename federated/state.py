@@ -43,7 +43,7 @@ class ServerState:
     def save(self, path: str | Path, weights: Weights, identity: Mapping[str, Any]) -> None:
         """Write state and global model. identity: what a run that resumes from the file must agree with."""
         tensors = {MODEL + name: tensor for name, tensor in stored(weights).items()}
-        tensors |= {MEMORY + name: torch.from_numpy(np.array(value)) for name, value in self.memory.items()}
+        tensors |= {MEMORY + name: torch.from_numpy(np.array(value, order="C")) for name, value in self.memory.items()}
         content = {
             "round": self.round,
             "fingerprints": dict(self.fingerprints),
@@ -96,7 +96,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, json.loads((file.metadata() or {})["state"])
+            content = json.loads((file.metadata() or {})["state"])
+            return tensors, {key: content[key] for key in ("round", "fingerprints", "norms", "identity")}
     except FileNotFoundError:
         raise FederationError(f"{path} does not exist; there is no federation to resume.") from None
     except (SafetensorError, KeyError, ValueError) as error:
