@@ -1,5 +1,7 @@
 """The ServerApp: a federation built from the run's configuration, its rounds over Flower, its files as without Flower.
 
+    app = server_app(build)    # build(run_config) -> Federation
+
 A run folder is written by the same code as in one process: `rounds.jsonl`, `state.safetensors`, `origin.safetensors`,
 and `model.safetensors` at the end. `flwr run` with a folder that holds a federation goes on with its next round.
 """
@@ -7,7 +9,7 @@ and `model.safetensors` at the end. `flwr run` with a folder that holds a federa
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from logging import INFO
@@ -19,12 +21,15 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from ..errors import FederationError
+from ..faults import roster
 from ..federation import FINISHED, STOPPED, Federation, History, Run
+from ..oracle_step import FederatedFrankWolfe
 from ..replies import Weights
 from ..rounds import merge_round
 from ..state import ServerState
+from ..training import attention
 from .arrays import from_arrays, to_arrays
-from .settings import Settings, federation_of
+from .settings import Settings
 from .strategy import MergeStrategy, Record
 
 
@@ -34,8 +39,15 @@ def serve(federation: Federation, grid: Grid, settings: Settings) -> History:
     Raises FederationError for a folder of another federation, for too few SuperNodes, and for a round that too few
     clients answered in all its attempts; what was reached before is in the folder.
     """
+    if isinstance(federation.step, FederatedFrankWolfe):
+        raise FederationError(
+            "flower: the server step 'fw-federated' asks the clients several times a round, and here each sends its "
+            "whole model once. Take 'fw-hard', which has the same iterates."
+        )
     run = Run(federation, Path(settings.folder) if settings.folder else None)
     with ExitStack() as stack:
+        if federation.data.model is not None:
+            stack.enter_context(attention(federation.data.model))
         state, loaded = run.open(stack, True, settings.rounds)
         weights: Weights = {name: loaded[name] for name in federation.start}
         strategy = MergeStrategy(
@@ -49,6 +61,7 @@ def serve(federation: Federation, grid: Grid, settings: Settings) -> History:
             state,
             [client.name for client in federation.clients],
             after=partial(_finish, federation, run),
+            present=lambda number: [client.name for client in roster(federation.clients, number)],
             sampled=settings.sampled or None,
             seed=federation.seed,
             minimum=federation.screening.minimum,
@@ -97,14 +110,16 @@ def table(history: History) -> str:
     return "\n".join(lines)
 
 
-def main(grid: Grid, context: Context) -> None:
-    """What `flwr run` runs at the server."""
-    settings = Settings.of(context.run_config)
-    history = serve(federation_of(settings), grid, settings)
-    log(INFO, "%s after %d rounds", history.status, history.state.round)
-    for line in table(history).splitlines():
-        log(INFO, "%s", line)
+def server_app(build: Callable[[Mapping[str, Any]], Federation]) -> ServerApp:
+    """Return the ServerApp of the federation that `build` makes from the run's configuration."""
 
+    def main(grid: Grid, context: Context) -> None:
+        settings = Settings.of(context.run_config)
+        history = serve(build(context.run_config), grid, settings)
+        log(INFO, "%s after %d rounds", history.status, history.state.round)
+        for line in table(history).splitlines():
+            log(INFO, "%s", line)
 
-app = ServerApp()
-app.main()(main)
+    app = ServerApp()
+    app.main()(main)
+    return app

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
@@ -39,7 +39,8 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
 
     state: where the federation stands; `start` goes on with round state.round + 1. clients: names of all that take
     part. after: called at the end of each round, and of each attempt that has to be repeated.
-    sampled: how many clients train in a round, drawn by (seed, round, attempt) alone; None for all that are connected.
+    present: names of the clients that take part in a round; all unless given.
+    sampled: how many clients train in a round, drawn by (seed, round, attempt) alone; None for all.
     minimum: SuperNodes without which no round begins. patience: seconds to wait for them, and at the start for all.
     attempts: how often a round with too few usable replies is tried before the run fails.
     """
@@ -51,6 +52,7 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
         clients: Sequence[str],
         *,
         after: After | None = None,
+        present: Callable[[int], Collection[str]] | None = None,
         sampled: int | None = None,
         seed: int = 0,
         minimum: int = 1,
@@ -70,6 +72,7 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
                 f"to {len(clients)} (all clients)."
             )
         self.merge, self.state, self.clients, self.after = merge, state, tuple(clients), after
+        self.present = present or (lambda _: self.clients)
         self.sampled, self.seed, self.minimum = sampled, seed, minimum
         self.patience, self.attempts = patience, attempts
         self.attempt = 1
@@ -81,7 +84,7 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
     def summary(self) -> None:
         """Log what the strategy does."""
         log(INFO, "\t├── Clients: %s", ", ".join(self.clients))
-        log(INFO, "\t├── A round: %s, at least %d", self.sampled or "all that are connected", self.minimum)
+        log(INFO, "\t├── A round: %s, at least %d", self.sampled or "all", self.minimum)
         log(INFO, "\t└── Rounds done before: %d", self.state.round)
 
     def configure_train(
@@ -89,8 +92,9 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
     ) -> Iterable[Message]:
         """Send θ_t, which is kept for the aggregation, to the clients of this round."""
         nodes = self._connected(grid, self.minimum)
-        if self.sampled is not None:
-            nodes = self._sample(nodes, server_round, grid)
+        present = set(self.present(server_round))
+        if self.sampled is not None or not present.issuperset(self.clients):
+            nodes = self._choose(nodes, present, server_round, grid)
         self.anchor = from_arrays(arrays)
         content = RecordDict({WEIGHTS: arrays, REPLY: ConfigRecord({**config, ROUND: server_round})})
         self._asked = [
@@ -186,8 +190,8 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
         log(WARNING, "%d of %d SuperNodes are connected after %g s; going on", len(nodes), wanted, self.patience)
         return nodes
 
-    def _sample(self, nodes: Sequence[int], server_round: int, grid: Grid) -> list[int]:
-        """Draw clients by name: node ids are random, and a node that is seen first is asked whose it is."""
+    def _choose(self, nodes: Sequence[int], present: Collection[str], server_round: int, grid: Grid) -> list[int]:
+        """Choose clients by name: node ids are random, and a node that is seen first is asked whose it is."""
         unknown = [node for node in nodes if node not in self.names]
         if unknown:
             questions = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in unknown]
@@ -195,10 +199,12 @@ class MergeStrategy(Strategy):  # type: ignore[misc]
                 if not message.has_error():
                     name = str(message.content.config_records[REPLY]["client"])
                     self.names[message.metadata.src_node_id] = name
-        by_name = {self.names[node]: node for node in nodes if node in self.names}
-        size = min(self.sampled or 0, len(by_name))
-        drawn = random.Random(f"{self.seed} {server_round} {self.attempt}").sample(sorted(by_name), size)
-        return [by_name[name] for name in sorted(drawn)]
+        by_name = {self.names[node]: node for node in nodes if self.names.get(node) in present}
+        chosen = sorted(by_name)
+        if self.sampled is not None and self.sampled < len(chosen):
+            generator = random.Random(f"{self.seed} {server_round} {self.attempt}")
+            chosen = sorted(generator.sample(chosen, self.sampled))
+        return [by_name[name] for name in chosen]
 
     def _replies(self, server_round: int, messages: Iterable[Message]) -> list[Reply]:
         """One reply for each client that was asked, by name."""

@@ -49,7 +49,8 @@ supernode() { # supernode NUMBER CA
 
 run() { # run NAME: the log is followed here; the exit status of flwr run says nothing about the run
   running=1
-  flwr run "$app" lab --run-config "clients=$clients rounds=$rounds folder='$folder'" --stream 2>&1 | tee "$logs/$1.log"
+  flwr run "$app" lab --stream \
+    --run-config "clients='${tasks[*]:0:clients}' rounds=$rounds set='$small' folder='$folder'" 2>&1 | tee "$logs/$1.log"
 }
 
 wait_for() { # wait_for FILE TEXT

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A federation on the zoo, simulated: a SuperLink on this machine, clients as Ray actors, and a table at the end.
-#   bash simulation.sh [--clients N] [--rounds N] [--port PORT] [--folder FOLDER]
+#   bash simulation.sh [--clients N (1 to 9)] [--rounds N] [--port PORT] [--folder FOLDER]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 clients=3 rounds=2 port='' folder=$FLWR_HOME/federation
@@ -31,5 +31,5 @@ wait_for_port "$port"
 running=1
 # The exit status of flwr run says nothing about the run: the last line asks for it.
 flwr run "$app" lab --stream --federation-config "num-supernodes=$clients" \
-  --run-config "clients=$clients rounds=$rounds folder='$folder'"
+  --run-config "clients='${tasks[*]:0:clients}' rounds=$rounds set='$small' folder='$folder'"
 python -m mergesolve.federated.flower.status lab

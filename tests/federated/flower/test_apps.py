@@ -1,4 +1,8 @@
+import importlib.util
 import json
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,14 +10,16 @@ import torch
 pytest.importorskip("flwr", reason="needs Flower: pip install 'mergesolve[flower]'", exc_type=ImportError)
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from mergesolve.federated import FederationError, Reply
+from mergesolve.federated import FederationError, Membership, Reply
 from mergesolve.federated.federation import Accuracy, Federation, federate, read_rounds
-from mergesolve.federated.flower.arrays import to_arrays, to_reply
+from mergesolve.federated.flower.arrays import from_reply, to_arrays, to_reply
 from mergesolve.federated.flower.client_app import answer, partition
 from mergesolve.federated.flower.server_app import serve, table
 from mergesolve.federated.flower.settings import Settings
 from mergesolve.federated.registry import make_step
 from mergesolve.federated.screening import Screening
+from mergesolve.federated.step import ServerData
+from mergesolve.objectives import ModuleModel, Task
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("identity")
@@ -57,6 +63,10 @@ class Nodes:
         replies = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = message.object_id
+            if message.metadata.message_type == "query":
+                name = self.clients[message.metadata.dst_node_id].name
+                replies.append(self.send(Message(from_reply(Reply(name, None, 0)), reply_to=message)))
+                continue
             self.asked += 1
             replies.append(self.send(answer(self.clients[message.metadata.dst_node_id], self.send(message))))
         return replies[::-1]
@@ -153,8 +163,71 @@ def test_a_supernode_without_a_partition_id_says_how_to_give_one(config):
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [({"round": 3}, "unknown run-config key 'round'"), ({"rounds": "3"}, "rounds must be int. Got '3'")],
+    [
+        ({"rounds": "3"}, "rounds must be int. Got '3'"),
+        ({"sampled": True}, "sampled must be int. Got True"),
+        ({"timeout": -1.0}, "timeout must be at least 0. Got -1.0"),
+    ],
 )
 def test_run_config_is_checked(config, words):
     with pytest.raises(FederationError, match=words):
         Settings.of(config)
+
+
+def test_clients_come_and_go_as_in_one_process_and_absent_ones_are_not_asked(over_the_wire):
+    def built() -> Federation:
+        members = [
+            Membership(Walker("ants")),
+            Membership(Walker("bees"), joins=2),
+            Membership(Walker("cats"), leaves=3),
+        ]
+        return Federation(members, START, make_step("fedavg"))
+
+    expected, setting = federate(built(), 3), built()
+    grid = Nodes(over_the_wire, setting.clients, (9, 4, 6))
+    history = serve(setting, grid, Settings(rounds=3))
+    assert [record["accepted"] for record in history.records] == [["ants", "cats"], NAMES, ["ants", "bees"]]
+    assert all(torch.equal(history.weights[name], expected.weights[name]) for name in START)
+    assert same_records(history.records, expected.records)
+
+
+def test_a_step_that_asks_clients_within_a_round_is_refused(over_the_wire):
+    task = Task("all", torch.zeros(2, 4), torch.tensor([0, 1]), ("a", "b"))
+    model = ModuleModel(torch.nn.Linear(4, 2))
+    step = make_step("fw-federated")
+    setting = Federation([Walker("ants")], START, step, data=ServerData(model, {"ants": task}))
+    with pytest.raises(FederationError, match="Take 'fw-hard'"):
+        serve(setting, Nodes(over_the_wire, setting.clients, (1,)), Settings(rounds=1))
+
+
+@pytest.fixture
+def example():
+    """The modules and the configuration of the app in the docs."""
+    folder = Path(__file__).parents[3] / "docs/examples/flower"
+    spec = importlib.util.spec_from_file_location("federation_app", folder / "federation_app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+
+
+def test_the_examples_configuration_has_every_setting_with_its_kind(example):
+    module, app = example
+    config = app["config"]
+    assert Settings.of(config) == Settings(**{key: config[key] for key in asdict(Settings())})
+    for reference in app["components"].values():
+        name, _, attribute = reference.partition(":")
+        assert name == "federation_app"
+        assert hasattr(module, attribute)
+
+
+def test_the_examples_apps_build_what_the_command_line_builds(example):
+    module, app = example
+    config = {**app["config"], "clients": "digits chess", "step": "ties:density=0.2", "set": "training.images=8 seed=3"}
+    recipe = module.setup(config).recipe
+    assert [client.name for client in recipe.clients] == ["digits", "chess"]
+    assert (recipe.protocol, recipe.step.plain(), recipe.training.images, recipe.seed) == (
+        "continual-clip",
+        {"name": "ties", "density": 0.2},
+        8,
+        3,
+    )
