@@ -114,12 +114,12 @@ def distance(a: Weights, b: Weights) -> float:
 def _next(anchor: Weights, proposal: Proposal, step: ServerStep) -> dict[str, torch.Tensor]:
     weights = dict(anchor)
     for name, tensor in proposal.weights.items():
-        if not bool(torch.isfinite(tensor).all()):
+        weights[name] = tensor.detach().to(anchor[name].device, anchor[name].dtype)
+        if not bool(torch.isfinite(weights[name]).all()):  # as it is stored: float16 ends at 65504
             raise FederationError(
                 f"the server step {step.describe().get('name')!r} gave NaN or infinity in {name!r}; take smaller steps "
                 "(its scale or rate), or choose another step."
             )
-        weights[name] = tensor.detach().to(anchor[name].device, anchor[name].dtype)
     return weights
 
 
