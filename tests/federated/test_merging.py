@@ -162,7 +162,7 @@ def test_preparation_selects_then_transforms(sampled: Any) -> None:
     spec = {"name": "task-arithmetic", "scale": 1.0, "transforms": [{"name": "trim", "density": 0.25, "per": "model"}]}
     kept = np.abs(tau) >= np.sort(np.abs(tau), axis=1)[:, [-math.ceil(0.25 * tau.shape[1])]]
     same(merged(anchor, replies, spec), flat(anchor) + (tau * kept).sum(0))
-    spec = {"name": "average", "select": {"name": "random", "count": 1, "seed": 3}}
+    spec = {"name": "average", "select": {"name": "random", "k": 1, "seed": 3}}
     _, _, record = merge_round(anchor, replies, ServerState(anchor), make_step(spec))
     (chosen,) = record["coefficients"]
     found = merged(anchor, replies, spec)
