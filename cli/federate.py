@@ -110,9 +110,8 @@ def command(
 
 def read_recipe(recipe_file: str | None, resume: str | None, flags: Mapping[str, Any]) -> FederationRecipe:
     """The recipe that file and flags make together; of a run that is resumed, the one in its folder."""
-    from .flags import from_yaml
     from .protocol import federation_recipe, relative_to
-    from .recipe import assign, merge, read_yaml
+    from .recipe import assign, from_yaml, merge, read_yaml
 
     fields: dict[str, Any] = {}
     if resume is not None:

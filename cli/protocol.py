@@ -156,9 +156,9 @@ CONTINUAL_CLIP: dict[str, Any] = {
     "model": {"precision": "bf16"},
     "clients": list(NINE),
     "rounds": 10,
-    "training": {"images": 960, "epochs": 1, "batch": 64, "lr": 8e-4, "weight_decay": 0.1},
+    "training": {"images": 768, "epochs": 1, "batch": 64, "lr": 8e-4, "weight_decay": 0.1},
     "server": {"images": 200, "reference": 4},
-    "evaluation": {"images": 400, "reference": 3},
+    "evaluation": {"images": 300, "reference": 2},
 }
 PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "continual-clip": (

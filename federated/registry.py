@@ -169,13 +169,13 @@ STEPS: dict[str, Entry] = {
         _solving(
             "fw-bound",
             {
-                "objective": {"name": "distillation"},
+                "objective": {"name": "distillation", "batch_size": 16},
                 "blocks": "layer",
                 "domain": "capped",
                 "solver": {"name": "frank-wolfe", "step_rule": "line-search"},
-                "max_iter": 24,
+                "max_iter": 4,
                 "origin": True,
-                "retention": {"bound": 0.1},
+                "retention": {"bound": 0.05, "batch_size": 64, "outer": 2},
             },
         ),
     ),
