@@ -221,17 +221,18 @@ class Run:
             )
         if folder is not None and resume and (folder / STATE).exists():
             state, weights = ServerState.load(folder / STATE, self._origin(folder / START), self.identity)
-            devices = {name: tensor.device for name, tensor in self.federation.start.items()}
-            weights = {name: tensor.to(devices[name]) for name, tensor in weights.items()}
-            state = replace(state, origin={name: t.to(devices[name]) for name, t in state.origin.items()})
+            # A file has an order of its own, and sums over tensors (a norm of gradients) depend on it.
+            start = self.federation.start
+            weights = {name: weights[name].to(tensor.device) for name, tensor in start.items()}
+            state = replace(state, origin={name: state.origin[name].to(t.device) for name, t in start.items()})
             self.header, kept = read_rounds(folder / ROUNDS)
             self.records = [record for record in kept if record["round"] <= state.round]
         if not self.header:
-            start = {}
+            found = {}
             if self.federation.evaluate is not None:
-                start = self.federation.evaluate(self.federation.start).describe()
-            tasks = list(start.get("accuracy", {}))
-            self.header = {"schema": SCHEMA, **self.identity, "tasks": tasks, "start": start}
+                found = self.federation.evaluate(self.federation.start).describe()
+            tasks = list(found.get("accuracy", {}))
+            self.header = {"schema": SCHEMA, **self.identity, "tasks": tasks, "start": found}
         self.header["rounds"] = rounds
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
