@@ -42,7 +42,7 @@ def serve(federation: Federation, grid: Grid, settings: Settings) -> History:
     if isinstance(federation.step, FederatedFrankWolfe):
         raise FederationError(
             "flower: the server step 'fw-federated' asks the clients several times a round, and here each sends its "
-            "whole model once. Take 'fw-hard', which has the same iterates."
+            "whole model once. Take 'fw-hard', which solves the same problem from whole models."
         )
     run = Run(federation, Path(settings.folder) if settings.folder else None)
     with ExitStack() as stack:

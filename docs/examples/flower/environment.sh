@@ -1,4 +1,8 @@
 # What both scripts share: a home for Flower that is thrown away, and processes that end with the script.
+command -v flower-superlink >/dev/null || {
+  echo "flower-superlink is not on the PATH: activate the environment that has mergesolve[flower]" >&2
+  exit 2
+}
 export FLWR_HOME FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 app=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -71,22 +71,42 @@ def test_a_certificate_of_another_authority_is_said_to_be_so(keys, server):
         check_server(f"127.0.0.1:{server[0]}", str(keys[1] / "ca.crt"))
 
 
-def test_a_certificate_for_another_address_names_the_entry_that_it_lacks(keys):
-    host = "127.0.0.2"
+@contextlib.contextmanager
+def tls_server(host, certificate, key):
+    """A server for one handshake; gives its address."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(keys[0] / "server.crt", keys[0] / "server.key")
+    context.load_cert_chain(certificate, key)
+
+    def serve():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            context.wrap_socket(connection, server_side=True)
+
     with socket.create_server((host, 0)) as listener:
-
-        def serve():
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(ssl.SSLError):
-                context.wrap_socket(connection, server_side=True)
-
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        with pytest.raises(FederationError, match=f"subjectAltName has IP:{host}"):
-            check_server(f"{host}:{listener.getsockname()[1]}", str(keys[0] / "ca.crt"))
+        yield f"{host}:{listener.getsockname()[1]}"
         thread.join(5)
+
+
+def test_a_certificate_for_another_address_names_the_entry_that_it_lacks(keys):
+    with (
+        tls_server("127.0.0.2", keys[0] / "server.crt", keys[0] / "server.key") as address,
+        pytest.raises(FederationError, match=r"subjectAltName has IP:127\.0\.0\.2"),
+    ):
+        check_server(address, str(keys[0] / "ca.crt"))
+
+
+def test_an_expired_certificate_is_said_to_be_so(keys, tmp_path):
+    ours, old = keys[0], tmp_path / "old.crt"
+    ask = ["openssl", "req", "-new", "-key", ours / "server.key", "-subj", "/CN=localhost", "-out", tmp_path / "r.csr"]
+    subprocess.run(ask, check=True, capture_output=True)
+    sign = ["openssl", "x509", "-req", "-in", tmp_path / "r.csr", "-CA", ours / "ca.crt", "-CAkey", ours / "ca.key"]
+    signed = subprocess.run([*sign, "-days", "-1", "-out", old], check=False, capture_output=True)
+    if signed.returncode != 0:
+        pytest.skip("this openssl signs nothing that has expired")
+    with tls_server("127.0.0.1", old, ours / "server.key") as address, pytest.raises(FederationError, match="expired"):
+        check_server(address, str(ours / "ca.crt"))
 
 
 def test_a_server_without_tls_is_told_from_a_wrong_certificate(keys, server):
