@@ -101,7 +101,9 @@ def test_an_expired_certificate_is_said_to_be_so(keys, tmp_path):
     ours, old = keys[0], tmp_path / "old.crt"
     ask = ["openssl", "req", "-new", "-key", ours / "server.key", "-subj", "/CN=localhost", "-out", tmp_path / "r.csr"]
     subprocess.run(ask, check=True, capture_output=True)
+    (tmp_path / "names").write_text("subjectAltName=IP:127.0.0.1\n")
     sign = ["openssl", "x509", "-req", "-in", tmp_path / "r.csr", "-CA", ours / "ca.crt", "-CAkey", ours / "ca.key"]
+    sign += ["-extfile", tmp_path / "names", "-CAserial", tmp_path / "serial", "-CAcreateserial"]
     signed = subprocess.run([*sign, "-days", "-1", "-out", old], check=False, capture_output=True)
     if signed.returncode != 0:
         pytest.skip("this openssl signs nothing that has expired")
