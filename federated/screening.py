@@ -80,7 +80,8 @@ class Rejection:
 class Screened:
     """The replies that remain, as a pool on the anchor in the order of their names (None if there are none).
 
-    gram: inner products of their updates [n, n]; fingerprints: of their models; received: bytes of all models sent.
+    gram: inner products of their updates [n, n]; fingerprints: of all models of this round that
+    could be read, those left out, too, since they may come again; received: bytes of all models sent.
     """
 
     accepted: tuple[Reply, ...]
@@ -143,7 +144,7 @@ def screen(
         else:
             rejected.append(Rejection(reply.client, *problem))
     if not candidates:
-        return Screened((), tuple(rejected), None, np.zeros((0, 0)), {}, received)
+        return Screened((), tuple(rejected), None, np.zeros((0, 0)), fingerprints, received)
     pool = pool_of(anchor, candidates.values(), backend, device)
     gram = pool.gram(pool.blocks("model"))[0]
     lengths = {name: float(np.sqrt(gram[i, i])) for i, name in enumerate(pool.names)}
@@ -170,12 +171,11 @@ def screen(
     rejected.sort(key=lambda rejection: rejection.client)
     if len(kept) < pool.n:
         if not kept:
-            return Screened((), tuple(rejected), None, np.zeros((0, 0)), {}, received)
+            return Screened((), tuple(rejected), None, np.zeros((0, 0)), fingerprints, received)
         # Anew, so that not even the rounding of its sums tells that there was anybody else.
         pool = pool_of(anchor, accepted, backend, device)
         gram = pool.gram(pool.blocks("model"))[0]
-    marks = {name: fingerprints[name] for name in kept}
-    return Screened(accepted, tuple(rejected), pool, gram, marks, received)
+    return Screened(accepted, tuple(rejected), pool, gram, fingerprints, received)
 
 
 def pool_of(

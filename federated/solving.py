@@ -200,7 +200,7 @@ class SolveStep(ServerStep):
             start=self._start(problem),
             max_iter=self.max_iter,
             tol=self.tol,
-            callback=_follow(round, self.max_iter),
+            callback=_follow(round, self.max_iter + 1),
         )
         return self._proposal(round, pool, problem, result, {}, {})
 
@@ -221,7 +221,7 @@ class SolveStep(ServerStep):
             multiplier=float(round.memory.get(MULTIPLIER, 0.0)),
             tol=self.tol,
             repair=True,
-            callback=_follow(round, inner * retention.outer),
+            callback=_follow(round, (inner + 1) * retention.outer),
         )
         details = {
             "bound": retention.bound,
