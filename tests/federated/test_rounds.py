@@ -59,7 +59,8 @@ def test_a_nan_of_one_client_never_touches_what_the_others_give(spec: Any, value
         assert same(found[0], alone[0])
         assert found[2]["rejected"][0]["reason"] == "nonfinite"
         assert plain(found[2]) == plain(alone[2])
-        assert found[1].fingerprints == alone[1].fingerprints
+        bad = f"{replies[place].client}-bad"
+        assert {n: mark for n, mark in found[1].fingerprints.items() if n != bad} == alone[1].fingerprints
         assert found[1].norms == alone[1].norms
 
 
