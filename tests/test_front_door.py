@@ -169,6 +169,12 @@ def test_new_solver_example_finds_the_target():
     assert run(str(ROOT / "docs/examples/new_solver.py")).startswith("optimal")
 
 
+def test_federated_example_learns_more_by_solving_than_by_averaging():
+    lines = run(str(ROOT / "docs/examples/federated.py")).splitlines()
+    curves = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines}
+    assert curves["projected-gradient"][-1] > curves["fedavg"][-1] + 5
+
+
 def test_zoo_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = run(str(ROOT / "docs/examples/zoo.py"))
