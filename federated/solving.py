@@ -11,13 +11,14 @@ without any inputs, half the squared distance to θ_0, plain or in the metric of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..pools import KINDS, Pool
 from ..solvers import Problem, Result, Solver, make_domain, make_solver, solve, start_point
+from ..solvers.constrained import ConstrainedResult, constraint_at, evaluate_lagrangian, repaired
 from ..solvers.construct import construct, describe
 from ..solvers.domains import Domain
 from ..solvers.errors import check_choice, check_number, unknown
@@ -223,6 +224,8 @@ class SolveStep(ServerStep):
             repair=True,
             callback=_follow(round, (inner + 1) * retention.outer),
         )
+        if found.constraint > found.bound and ORIGIN in problem.experts:
+            found = self._towards_origin(problem, found)
         details = {
             "bound": retention.bound,
             "reference_loss": found.constraint,
@@ -233,6 +236,30 @@ class SolveStep(ServerStep):
         }
         memory = {MULTIPLIER: np.array(found.multiplier)}
         return self._proposal(round, pool, problem, found, details, memory)
+
+    def _towards_origin(self, problem: Problem, found: ConstrainedResult) -> ConstrainedResult:
+        """Hold the bound where neither start nor base do, by moving on the segment to θ_0, which forgets nothing."""
+        assert isinstance(self.solver, Solver)
+        vertex = np.zeros_like(found.coefficients)
+        vertex[:, problem.experts.index(ORIGIN)] = 1.0
+        ends = [(ORIGIN, vertex, constraint_at(problem, vertex)), ("last", found.coefficients, found.constraint)]
+        point, moved = repaired(problem, ends, 0.0)
+        if moved is None:
+            return found
+        value = constraint_at(problem, point)
+        evaluation, certificate = evaluate_lagrangian(problem, self.solver, point)
+        return replace(
+            found,
+            coefficients=point,
+            objective=evaluation.value,
+            tasks=evaluation.task_values,
+            gap=certificate.gap,
+            stationarity=certificate.stationarity,
+            constraint=value,
+            violation=max(0.0, value - found.bound),
+            complementarity=abs(found.multiplier * (value - found.bound)),
+            repair=moved,
+        )
 
     def _start(self, problem: Problem) -> Array:
         """Return the starting point; the origin has no part in averages and sums of the clients."""
