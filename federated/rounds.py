@@ -106,8 +106,8 @@ def distance(a: Weights, b: Weights) -> float:
     total = 0.0
     for name, tensor in a.items():
         if tensor.is_floating_point():
-            other = b[name].to(tensor.device)
-            total += float((tensor.float() - other.float()).square().sum(dtype=torch.float64))
+            ours, theirs = tensor.detach(), b[name].detach().to(tensor.device)
+            total += float((ours.float() - theirs.float()).square().sum(dtype=torch.float64))
     return float(np.sqrt(total))
 
 

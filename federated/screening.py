@@ -34,8 +34,8 @@ REASONS = {
     "names": "tensors of the model are missing, or there are others",
     "shape": "a tensor has another shape or another kind of elements",
     "unchanged": "the model is the one that was sent out",
-    "repeated": "the model is the one that the client sent before",
-    "nonfinite": "the model holds NaN or infinity",
+    "repeated": "the model is the one that the client sent, or was sent, before",
+    "nonfinite": "the model, or its Fisher diagonal, holds NaN or infinity",
     "norm": "the update is far larger than those of the other clients and of recent rounds",
 }
 
@@ -80,8 +80,8 @@ class Rejection:
 class Screened:
     """The replies that remain, as a pool on the anchor in the order of their names (None if there are none).
 
-    gram: inner products of their updates [n, n]; fingerprints: of all models of this round that
-    could be read, those left out, too, since they may come again; received: bytes of all models sent.
+    gram: inner products of their updates [n, n]; fingerprints: of all models of this round that could be read, those
+    left out, too, since they may come again, and of the anchor; received: bytes of all models sent.
     """
 
     accepted: tuple[Reply, ...]
@@ -123,6 +123,7 @@ def screen(
     candidates: dict[str, Reply] = {}
     fingerprints: dict[str, str] = {}
     sent = MemoryCheckpoint("the model that was sent", anchor)
+    fingerprints[SENT] = model_fingerprint(sent)
     received = 0
     for reply in sorted(replies, key=lambda reply: reply.client):
         problem = _claims(reply, number, candidates)
@@ -130,13 +131,15 @@ def screen(
             try:
                 found = checkpoint_of(reply)
                 received += sum(info.nbytes for info in found.tensors.values())
-                problem = problem or _fits(sent, found)
+                problem = problem or _fits(sent, found) or _statistics(sent, reply.fisher)
                 if problem is None:
                     mark = fingerprints[reply.client] = model_fingerprint(found)
                     if not _moved(sent, found):
                         problem = "unchanged", f"all floating-point tensors are those that round {number} began with"
                     elif mark == (last or {}).get(reply.client):
                         problem = "repeated", "all tensors are those that this client sent before"
+                    elif mark == (last or {}).get(SENT):
+                        problem = "repeated", "all tensors are those that the round before began with"
             except (PoolError, OSError) as error:
                 problem = problem or ("unreadable", str(error))
         if problem is None:
@@ -190,6 +193,8 @@ def pool_of(
 
 ORIGIN = "origin"
 """The expert θ_0, the model that the federation began with, where it is a vertex."""
+SENT = "(sent)"
+"""Among the fingerprints of clients' models, that of the model that they were sent."""
 
 
 def _claims(reply: Reply, number: int, taken: Mapping[str, Reply]) -> tuple[str, str] | None:
@@ -215,6 +220,16 @@ def _fits(sent: Checkpoint, found: Checkpoint) -> tuple[str, str] | None:
             return "shape", f"{name!r} has shape {list(reply.shape)}, expected {list(info.shape)}"
         if reply.is_float != info.is_float:
             return "shape", f"{name!r} has elements {reply.dtype}, expected {info.dtype}"
+    return None
+
+
+def _statistics(sent: Checkpoint, fisher: Weights | None) -> tuple[str, str] | None:
+    for name, tensor in (fisher or {}).items():
+        if name in sent.tensors and tensor.shape != sent.tensors[name].shape:
+            expected = list(sent.tensors[name].shape)
+            return "shape", f"the Fisher diagonal of {name!r} has shape {list(tensor.shape)}, expected {expected}"
+        if not bool((tensor.isfinite() & (tensor >= 0)).all()):
+            return "nonfinite", f"the Fisher diagonal of {name!r} holds NaN, infinity or a number below 0"
     return None
 
 

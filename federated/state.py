@@ -31,7 +31,7 @@ class ServerState:
     """Everything besides the global model that the next round depends on.
 
     round: rounds done. origin: θ_0. memory: arrays of the server step, by its own names. fingerprints: of what each
-    client sent last. norms: of the updates that were accepted, oldest first.
+    client sent last, and was sent. norms: of the updates that were accepted, oldest first.
     """
 
     origin: Weights
