@@ -11,7 +11,7 @@ import torch
 from mergesolve.federated import FederationError, Reply
 from mergesolve.federated.registry import make_step
 from mergesolve.federated.rounds import distance, merge_round
-from mergesolve.federated.screening import Screening
+from mergesolve.federated.screening import SENT, Screening
 from mergesolve.federated.state import ServerState
 from safetensors.torch import save_file
 from torch import Tensor
@@ -159,7 +159,7 @@ def test_the_record_measures_the_round(sampled: Any) -> None:
     parts = {key: value for key, value in seconds.items() if key not in ("clients", "server")}
     assert seconds["server"] == pytest.approx(sum(parts.values()))
     assert state.norms == tuple(record["norms"].values())
-    assert set(state.fingerprints) == {"c0", "c1", "c2"}
+    assert set(state.fingerprints) == {"c0", "c1", "c2", SENT}
 
 
 def test_bytes_count_what_came_up_even_if_it_was_refused(sampled: Any) -> None:
@@ -205,3 +205,14 @@ def test_distance_is_euclidean_over_floats_in_any_type() -> None:
     b = {"x": torch.zeros(2), "h": torch.zeros(1).bfloat16(), "n": torch.tensor(9)}
     assert distance(a, b) == 5.0
     assert distance(a, a) == 0.0
+
+
+def test_parameters_that_have_gradients_are_merged_like_any_tensors(sampled: Any) -> None:
+    anchor, replies = sampled(2)
+    leaves = {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in anchor.items()}
+    for spec in STEPS:
+        found = merge_round(leaves, replies, ServerState(leaves), make_step(spec))
+        wanted = merge_round(anchor, replies, ServerState(anchor), make_step(spec))
+        assert same(found[0], wanted[0])
+        assert found[2]["distance"] == wanted[2]["distance"]
+        assert not any(t.requires_grad for t in found[0].values())

@@ -207,3 +207,39 @@ def test_half_precision_replies_to_a_full_precision_model_are_taken(sampled: Any
 def test_options_out_of_range_are_refused(options: Any, message: str) -> None:
     with pytest.raises(FederationError, match=message):
         Screening(**options)
+
+
+def test_a_copy_of_the_model_that_was_sent_in_the_round_before_is_repeated(sampled: Any) -> None:
+    anchor, replies = sampled(3)
+    first = screened(anchor, replies)
+    later, fresh = sampled(3, number=2, anchor={n: t + 1 for n, t in anchor.items()})
+    stale = dataclasses.replace(replies[1], weights={n: t.clone() for n, t in anchor.items()}, round=2)
+    found = screened(later, [fresh[0], stale, fresh[2]], number=2, last=first.fingerprints)
+    assert reasons(found) == {"c1": "repeated"}
+    assert found.rejected[0].detail == "all tensors are those that the round before began with"
+
+
+def test_a_refused_model_that_comes_again_is_repeated(sampled: Any) -> None:
+    anchor, replies = sampled(3)
+    first = screened(anchor, [*replies[:2], moved(anchor, replies[2], 1000.0)])
+    again = dataclasses.replace(moved(anchor, replies[2], 1000.0), round=2)
+    later, fresh = sampled(2, number=2, anchor={n: t + 1 for n, t in anchor.items()})
+    found = screened(later, [*fresh, again], number=2, last=first.fingerprints)
+    assert reasons(found) == {"c2": "repeated"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shape", "reason"),
+    [
+        (float("nan"), (6,), "nonfinite"),
+        (float("inf"), (6,), "nonfinite"),
+        (-1.0, (6,), "nonfinite"),
+        (1.0, (5,), "shape"),
+    ],
+)
+def test_a_fisher_diagonal_that_is_none_is_named(value: float, shape: Any, reason: str, sampled: Any) -> None:
+    anchor, replies = sampled(3)
+    fisher = {**replies[1].fisher, "a.bias": torch.full(shape, value)}
+    found = screened(anchor, [replies[0], dataclasses.replace(replies[1], fisher=fisher), replies[2]])
+    assert reasons(found) == {"c1": reason}
+    assert "Fisher diagonal of 'a.bias'" in found.rejected[0].detail
