@@ -34,7 +34,7 @@ LABELLED, UNLABELLED, TEACHERS, WEIGHTS = "labelled", "unlabelled", "teachers", 
 OBJECTIVES = {"cross-entropy": LABELLED, "entropy": UNLABELLED, "distillation": TEACHERS, "proximity": WEIGHTS}
 """Objectives of a server, and what they take: labelled samples a client, inputs a client, or the models alone.
 
-"proximity" is half the mean squared distance to the clients' models.
+"proximity" is half the squared distance to the clients' average, which is as near to all of them as can be.
 """
 MULTIPLIER = "multiplier"  # what a constrained step leaves for the next round: the price of retention
 
@@ -157,7 +157,7 @@ class SolveStep(ServerStep):
 
     def loss(self, round: Round, pool: Pool, seed: int) -> Any:
         """Return f as an objective."""
-        from ..objectives import Proximity, WeightedSum
+        from ..objectives import Proximity
         from ..objectives.registry import objective
 
         options = {"seed": seed, **self.objective}
@@ -165,8 +165,9 @@ class SolveStep(ServerStep):
         kind = OBJECTIVES[name]
         clients = [client for client in pool.names if client != ORIGIN]
         if kind == WEIGHTS:
-            share = 1 / len(clients)
-            return WeightedSum([(share, Proximity(expert_weights(pool, client))) for client in clients])
+            # The mean of ½‖θ − θ̂_i‖² is ½‖θ − mean θ̂‖² and a constant: one model in memory, however many clients.
+            row = np.array([[float(name != ORIGIN) / len(clients) for name in pool.names]])
+            return Proximity(pool.combine(row, pool.blocks("model")))
         data = round.data
         tasks = [data.tasks[client] for client in sorted(data.tasks)]
         if kind != LABELLED:
