@@ -5,17 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS :=
 PEERS := .venv-peers
+FLOWER := .venv-flower
 PEER_PACKAGES := mergekit==0.1.5 fusion-bench==0.2.33
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do "$$p" -c '$(RECENT)' 2>/dev/null && { echo "$$p"; break; }; done)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test parity lint types bench clean
+.PHONY: help demo test parity flower lint types bench clean
 
 help:
 	@echo "make demo    merge the models of the embedded zoo with every method and print one table"
 	@echo "make test    run the whole test suite"
 	@echo "make parity  the same merges by mergekit and fusion_bench, equal to rounding (they go into $(PEERS), 2 GB)"
+	@echo "make flower  the tests that need Flower, and a small simulation (it goes into $(FLOWER), 6 GB)"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy on the installed subpackages"
 	@echo "make bench   speed and memory of the operators and of a solve, as ratios"
@@ -29,6 +31,10 @@ test: $(VENV)/.test
 
 parity: $(PEERS)/.parity
 	@$(PEERS)/bin/python -m pytest tests/parity $(ARGS)
+
+flower: $(FLOWER)/.flower
+	@$(FLOWER)/bin/python -m pytest tests/federated/flower $(ARGS)
+	@PATH="$(abspath $(FLOWER))/bin:$$PATH" bash docs/examples/flower/simulation.sh
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .
@@ -46,7 +52,7 @@ bench: $(VENV)/.demo
 	@$(BIN)/python benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(FLOWER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -63,6 +69,14 @@ $(PEERS)/.parity: pyproject.toml
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PEER_PACKAGES) pytest click numpy scipy pyyaml safetensors rich
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Flower pins other versions of what we use than we do, too.
+$(FLOWER)/.flower: pyproject.toml
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c '$(RECENT)' 2>/dev/null || { echo "mergesolve needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.12 flower" >&2; exit 1; }
+	@echo "Installing mergesolve with Flower and Ray into $(FLOWER): two to five minutes."
+	@test -x $(FLOWER)/bin/python || "$(PYTHON)" -m venv $(FLOWER) || { rm -rf $(FLOWER); exit 1; }
+	@$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[flower,test]'
 	@touch $@
 
 # One stamp for each set of dependencies. The test set holds the demo's, so a fresh clone that starts with `make test` installs once.
