@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,6 +119,10 @@ class SolveStep(ServerStep):
         spec = {"name": self.objective} if isinstance(self.objective, str) else dict(self.objective)
         if spec.get("name") not in OBJECTIVES:
             raise unknown("objective of a server step", spec.get("name"), OBJECTIVES)
+        known = objective_options(str(spec["name"]))
+        for option in spec:
+            if option != "name" and option not in known:
+                raise unknown(f"option of the objective {spec['name']!r}:", option, known or ["(it has none)"])
         object.__setattr__(self, "objective", spec)
         object.__setattr__(self, "solver", make_solver(self.solver))
         object.__setattr__(self, "domain", make_domain(self.domain))
@@ -314,6 +319,15 @@ class SolveStep(ServerStep):
             "origin": self.origin,
             **self.prepare.describe(),
         }
+
+
+def objective_options(name: str) -> list[str]:
+    """Return what may be chosen of an objective of a server: not its model, tasks and teachers, nor its centre."""
+    from ..objectives.registry import objective
+
+    if OBJECTIVES[name] == WEIGHTS:
+        return []
+    return [option for option in signature(objective(name)).parameters if option not in ("model", "tasks", "teachers")]
 
 
 def expert_weights(pool: Pool, name: str) -> Weights:

@@ -226,6 +226,8 @@ def test_steps_that_need_data_say_so_before_the_first_round() -> None:
         ({"name": "ties", "densitty": 0.1}, "'densitty'. Did you mean 'density'"),
         ({"name": "fedadam", "step": "fedavvg"}, "Unknown server step 'fedavvg'"),
         ({"name": "solve", "objective": "accuracy"}, "objective of a server step 'accuracy'.*Known: cross-entropy"),
+        ({"name": "solve", "objective": {"name": "entropy", "bach_size": 3}}, "'bach_size'. Did you mean 'batch_size'"),
+        ({"name": "solve", "objective": {"name": "proximity", "batch_size": 3}}, "objective 'proximity'.*it has none"),
         ({"name": "solve", "blocks": "layr"}, "kind of blocks 'layr'. Did you mean 'layer'"),
         ({"name": "solve", "solver": "newton"}, "'newton'"),
         ({"name": "solve", "domain": "ball"}, "'ball'"),
