@@ -216,3 +216,41 @@ def test_parameters_that_have_gradients_are_merged_like_any_tensors(sampled: Any
         assert same(found[0], wanted[0])
         assert found[2]["distance"] == wanted[2]["distance"]
         assert not any(t.requires_grad for t in found[0].values())
+
+
+@pytest.mark.parametrize("spec", STEPS, ids=ids)
+def test_the_backend_of_the_pool_changes_rounding_only(spec: Any, sampled: Any) -> None:
+    anchor, replies = sampled(4)
+    one = merge_round(anchor, replies, ServerState(anchor), make_step(spec), backend="streaming")
+    two = merge_round(
+        anchor, [*replies, poisoned(replies[0], torch.nan)], ServerState(anchor), make_step(spec), backend="resident"
+    )
+    for name, tensor in one[0].items():
+        torch.testing.assert_close(two[0][name], tensor, rtol=1e-5, atol=1e-5)
+    assert two[2]["conflict"] == pytest.approx(one[2]["conflict"], abs=1e-6)
+    assert two[2]["rejected"][0]["reason"] == "nonfinite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spec", STEPS, ids=ids)
+def test_models_of_any_precision_are_merged_as_their_float32_counterparts(
+    spec: Any, dtype: torch.dtype, sampled: Any
+) -> None:
+    """Up to one rounding to the type of the model; an empty tensor is carried along."""
+    anchor, replies = sampled(3, dtype)
+    anchor["empty"] = torch.zeros(0, 3, dtype=dtype)
+    for reply in replies:
+        reply.weights["empty"] = anchor["empty"]
+        del reply.fisher["count"]
+    single = {n: t.float() if t.is_floating_point() else t for n, t in anchor.items()}
+    singles = [
+        dataclasses.replace(r, weights={n: t.float() if t.is_floating_point() else t for n, t in r.weights.items()})
+        for r in replies
+    ]
+    found = merge_round(anchor, replies, ServerState(anchor), make_step(spec))[0]
+    wanted = merge_round(single, singles, ServerState(single), make_step(spec))[0]
+    for name, tensor in found.items():
+        assert tensor.dtype == anchor[name].dtype
+        if dtype != torch.float64 and tensor.is_floating_point():
+            assert torch.equal(tensor, wanted[name].to(dtype)), name
+        torch.testing.assert_close(tensor.float(), wanted[name].float(), rtol=2e-2, atol=1e-5)
