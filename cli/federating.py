@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .names import UsageProblem, choose
 from .protocol import ClientPart, FederationRecipe, federation_recipe
@@ -35,14 +37,15 @@ class FederationSetup:
     def __init__(self, recipe: FederationRecipe, updates: Path | None = None) -> None:
         self.recipe = recipe
         self._updates = updates
-        self._single = Setup(
-            Recipe(zoo=recipe.zoo, pool=PoolPart(base=recipe.base, device=recipe.device), model=recipe.model)
-        )
+        experts = {} if recipe.zoo or recipe.base is None else {"itself": recipe.base}  # a pool is never without
+        pool = PoolPart(base=recipe.base, experts=experts, device=recipe.device)
+        self._single = Setup(Recipe(zoo=recipe.zoo, pool=pool, model=recipe.model))
 
     def check(self) -> None:
         """Find what is missing or misspelled before anything is loaded."""
         from ..federated.faults import FAULTS
         from ..federated.registry import make_step
+        from ..pools import BACKENDS
 
         recipe = self.recipe
         if not recipe.clients and recipe.partition is None:
@@ -55,7 +58,21 @@ class FederationSetup:
         for client in recipe.clients:
             if client.fault is not None:
                 choose("fault", client.fault.kind, FAULTS, where=f"client '{client.name}'")
-        make_step(recipe.step.plain())
+        choose("backend", recipe.backend, BACKENDS)
+        self._check_statistics(make_step(recipe.step.plain()))
+
+    def _check_statistics(self, step: Any) -> None:
+        """Find out before the first round that a merge needs what clients do not send."""
+        inner = getattr(step, "step", None)  # of a server optimizer
+        if inner is not None:
+            self._check_statistics(inner)
+        kind = getattr(getattr(step, "merge", None), "statistics", None)
+        if kind is None or (kind == "fisher" and self.recipe.server.client_fisher):
+            return
+        remedy = "choose another step"
+        if kind == "fisher":
+            remedy = f"let the clients send them (--set server.client_fisher=SAMPLES), or {remedy}"
+        raise UsageProblem(f"the server step needs {kind} statistics of every client, and there are none; {remedy}.")
 
     @cached_property
     def model(self) -> Any:
@@ -73,43 +90,58 @@ class FederationSetup:
     def _parts(self) -> tuple[tuple[str, Task, Task | None, Task | None], ...]:
         """By client: its name, its training set, its test set, and what the server holds of its task.
 
-        All of them are classified among the classes of all clients.
+        All of them are classified among the classes of all clients; with a module, among its outputs.
         """
         from ..objectives import joint
 
         recipe = self.recipe
+        together: Callable[[Sequence[Task]], tuple[Task, ...]] = joint if recipe.model.module is None else tuple
         if recipe.partition is not None:
             return self._shares()
         names = [client.name for client in recipe.clients]
         parts = [client.task for client in recipe.clients]
-        train = joint([self._task(part, "train", None) for part in parts])
-        test = joint([self._test(part) for part in parts])
-        server: Sequence[Task | None] = [None] * len(names)
-        if recipe.server.images:
-            server = joint([self._task(part, recipe.server.split, recipe.server.images) for part in parts])
+        pairs = [self._train_and_server(part) for part in parts]
+        train = together([_called(name, task) for name, (task, _) in zip(names, pairs, strict=True)])
+        test = together([_called(name, self._test(part)) for name, part in zip(names, parts, strict=True)])
+        held = [_called(name, task) for name, (_, task) in zip(names, pairs, strict=True) if task is not None]
+        server: Sequence[Task | None] = together(held) if held else [None] * len(names)
         return tuple(zip(names, train, test, server, strict=True))
+
+    def _train_and_server(self, part: TaskPart) -> tuple[Task, Task | None]:
+        """A task's training set, and what the server holds of it: never the same samples."""
+        whole, images = self._task(part, "train"), self.recipe.server.images
+        if not images:
+            return whole, None
+        split = self.recipe.server.split
+        if part.npz is None and part.folder is None and (part.split or "train") != split:
+            return whole, self._task(replace(part, split=None), split).subset(images, seed=self.recipe.seed)
+        if images >= len(whole):
+            raise UsageProblem(
+                f"server: {images} samples of '{part.name}' are to be held out of the {len(whole)} that there are, and "
+                "none would be left to train on. Give fewer (--server-images), or 0."
+            )
+        numbered = replace(whole, inputs=np.arange(len(whole)))
+        kept = numbered.subset(images, seed=self.recipe.seed).batch(np.arange(images))
+        return whole.take(np.setdiff1d(np.arange(len(whole)), kept)), whole.take(kept)
 
     def _shares(self) -> tuple[tuple[str, Task, Task | None, Task | None], ...]:
         from ..federated import dirichlet, iid
 
         part = self.recipe.partition
         assert part is not None
-        whole = self._task(part.task, "train", None)
+        whole, server = self._train_and_server(part.task)
         if part.alpha is None:
             shares = iid(whole, part.clients, self.recipe.seed)
         else:
             shares = dirichlet(whole, part.clients, part.alpha, self.recipe.seed)
         found: list[tuple[str, Task, Task | None, Task | None]] = []
-        images = self.recipe.server.images
-        server = self._task(part.task, self.recipe.server.split, images) if images else None
         for k, share in enumerate(shares):
             held = None if server is None else replace(server, name=share.name, parts=server.texts)
             found.append((share.name, share, self._test(part.task) if k == 0 else None, held))
         return tuple(found)
 
-    def _task(self, part: TaskPart, split: str, limit: int | None) -> Task:
-        task = self._single.load_task(replace(part, split=part.split or split, limit=None))
-        return task if limit is None else task.subset(limit, seed=self.recipe.seed)
+    def _task(self, part: TaskPart, split: str) -> Task:
+        return self._single.load_task(replace(part, split=part.split or split))
 
     def _test(self, part: TaskPart) -> Task:
         limit = self.recipe.evaluation.images
@@ -121,13 +153,15 @@ class FederationSetup:
         recipe = self.recipe
         part = recipe.server.reference_data
         if part is not None:
-            named = replace(part, name=REFERENCE)
-            if split == "test":
-                return self._single.load_test(named) if part.test is not None or part.hub is not None else None
-            return self._task(named, "train", recipe.server.reference or None) if recipe.server.reference else None
+            limit = recipe.evaluation.reference if split == "test" else recipe.server.reference
+            if limit == 0 or (split == "test" and part.test is None and part.hub is None):
+                return None
+            task = _called(REFERENCE, self._single.load_test(part) if split == "test" else self._task(part, "train"))
+            return task if limit is None else task.subset(limit, seed=0 if split == "test" else recipe.seed)
         if not recipe.zoo:
             return None
-        each = (recipe.evaluation.reference or 8) if split == "test" else recipe.server.reference
+        each = recipe.evaluation.reference if split == "test" else recipe.server.reference
+        each = 8 if each is None else each
         found: Task | None = self._single.zoo.reference(split, each=each) if each else None
         return found
 
@@ -230,6 +264,11 @@ class FederationSetup:
             protocol=recipe.protocol,
             settings=settings,
         )
+
+
+def _called(name: str, task: Task) -> Task:
+    """The task under another name; its head stays the one of its own."""
+    return task if task.name == name else replace(task, name=name, parts=task.texts)
 
 
 SETTINGS = tuple(

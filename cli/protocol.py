@@ -52,8 +52,11 @@ class ClientPart:
 
     @property
     def task(self) -> TaskPart:
-        """Where its data are; the task is called like the client."""
-        return TaskPart(self.name) if self.data is None else dataclasses.replace(self.data, name=self.name)
+        """Where its data are; the task is called like the client, but for one of the zoo, which has a name already."""
+        if self.data is None:
+            return TaskPart(self.name)
+        named = any((self.data.npz, self.data.folder, self.data.hub))
+        return dataclasses.replace(self.data, name=self.name) if named else self.data
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,10 @@ class TrainingPart:
 class ServerPart:
     """What the server holds.
 
-    images: samples for each client's task, of a split that no client trains on; labels: whether with labels.
-    reference: reference inputs (zoo: images a concept; else of `reference_data`); 0 for none. fisher: samples of the
-    reference that the Fisher information at the first model is estimated on; client_fisher: samples on which each
-    client estimates its own, to send it.
+    images: samples for each client's task, of a split that no client trains on (they are held out of the client's own
+    where the data have no other); labels: whether with labels. reference: reference inputs (zoo: images a concept; else
+    of `reference_data`); 0 for none. fisher: samples of the reference that the Fisher information at the first model is
+    estimated on; client_fisher: samples on which each client estimates its own, to send it.
     """
 
     images: int = 200
@@ -100,7 +103,8 @@ class ServerPart:
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """Test inputs a task, and reference inputs (zoo: images a concept), after each round; null: all of them."""
+    """Test inputs a task, and reference inputs (zoo: images a concept), after each round; null: all of them (zoo: 8 a
+    concept). reference: 0 for none."""
 
     images: int | None = None
     reference: int | None = None
@@ -119,8 +123,8 @@ class ScreeningPart:
 class FederationRecipe:
     """A federation, completely.
 
-    clients: one a task, classified among the classes of all; or partition: one task shared out. base: the model that
-    the federation begins with (of the zoo, its base).
+    clients: one a task, classified among the classes of all (with a module as model: among its outputs); or partition:
+    one task shared out. base: the model that the federation begins with (of the zoo, its base).
     """
 
     protocol: str = "custom"
@@ -141,13 +145,47 @@ class FederationRecipe:
 
     def __post_init__(self) -> None:
         names = [client.name for client in self.clients]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise UsageProblem(f"federation: the client '{twice[0]}' is named twice. Give each its own name.")
-        if self.rounds < 1:
-            raise UsageProblem(f"federation: 'rounds' must be at least 1; found {self.rounds}.")
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageProblem(f"federation: the client '{name}' is named twice. Give each its own name.")
+            if name in RESERVED:
+                raise UsageProblem(f"federation: a client cannot be called '{name}'. Give it another name.")
         if self.clients and self.partition is not None:
             raise UsageProblem("federation: give either clients or a partition of one task, not both.")
+        _at_least(self, "federation", rounds=1, seed=0)
+        _at_least(self.training, "federation: 'training'", images=1)
+        _at_least(self.server, "federation: 'server'", images=0, reference=0, fisher=0, client_fisher=0)
+        _at_least(self.evaluation, "federation: 'evaluation'", images=1, reference=0)
+        for client in self.clients:
+            where = f"federation: client '{client.name}'"
+            _at_least(client, where, joins=1, leaves=2, absent=1)
+            if client.fault is not None:
+                _at_least(client.fault, f"{where}: 'fault'", rounds=1)
+            _check_data(client.task, where)
+        if self.partition is not None:
+            _at_least(self.partition, "federation: 'partition'", clients=1)
+            _check_data(self.partition.task, "federation: 'partition'")
+        if self.server.reference_data is not None:
+            _check_data(self.server.reference_data, "federation: 'reference_data'")
+
+
+RESERVED = ("", "origin", "reference")
+"""Names that records use for what is no client."""
+
+
+def _at_least(part: object, where: str, **least: int) -> None:
+    """Raise UsageProblem for a number, or one of a list, below its bound."""
+    for name, bound in least.items():
+        value = getattr(part, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < bound:
+                raise UsageProblem(f"{where}: '{name}' must be at least {bound}; found {number}.")
+
+
+def _check_data(part: TaskPart, where: str) -> None:
+    if part.teacher is not None or part.weight != 1.0:
+        field = "weight" if part.teacher is None else "teacher"
+        raise UsageProblem(f"{where}: '{field}' of a task has no meaning in a federation. Leave it out.")
 
 
 CONTINUAL_CLIP: dict[str, Any] = {
@@ -204,7 +242,8 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     found = place({key: fields[key] for key in ("zoo", "model") if key in fields}, folder)
     if isinstance(fields.get("base"), str):
         found["base"] = place({"pool": {"base": fields["base"]}}, folder)["pool"]["base"]
-    for client in fields.get("clients") or ():
+    clients = fields.get("clients")
+    for client in clients if isinstance(clients, list) else ():
         if isinstance(client, dict) and "data" in client:
             client["data"] = data(client["data"])
     if isinstance(fields.get("partition"), dict) and "task" in fields["partition"]:
