@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 
 from .flags import json_flag, named_options
-from .names import UsageProblem
+from .names import UsageProblem, choose
 
 if TYPE_CHECKING:
     from .protocol import FederationRecipe
@@ -22,7 +24,13 @@ FIGURES = "figures"
 @click.argument("recipe_file", required=False, metavar="[RECIPE.yaml]")
 @click.option("--protocol", metavar="NAME", help="continual-clip (9 tasks of the zoo) or label-skew (one task).")
 @click.option("--step", metavar="NAME[:KEY=VALUE,...]", help="The server step (see `list steps`; default fedavg).")
-@click.option("--client", "clients", multiple=True, metavar="NAME", help="Only these tasks of the zoo. Repeatable.")
+@click.option(
+    "--client",
+    "clients",
+    multiple=True,
+    metavar="NAME",
+    help="Only these tasks of the zoo, or clients of the recipe. Repeatable.",
+)
 @click.option("--rounds", type=int, metavar="T", help="How many rounds.")
 @click.option("--images", type=int, metavar="N", help="Training samples a client.")
 @click.option("--server-images", type=int, metavar="N", help="The server's samples for each client's task; 0 for none.")
@@ -71,15 +79,17 @@ def command(
     \b
     Examples:
       mergesolve federate --protocol continual-clip --step fedavg
-      mergesolve federate --protocol continual-clip --step rows-bound --set step.retention.bound=0.05
-      mergesolve federate --protocol continual-clip --step ties:density=0.2 --fault digits=nonfinite@2
+      mergesolve federate --step rows-bound --set step.retention.bound=0.05
+      mergesolve federate --step ties:density=0.2 --fault digits=nonfinite@2
       mergesolve federate --resume runs/federate-fedavg --rounds 20
-      mergesolve federate --protocol continual-clip --study --workers 2 --run runs/study
+      mergesolve federate --study --workers 2 --run runs/study
       mergesolve federate my-federation.yaml
     """
     from .console import note
 
     recipe = read_recipe(recipe_file, resume, flags)
+    if workers < 1:
+        raise UsageProblem(f"--workers must be at least 1; found {workers}.")
     if study:
         from .study import run_study
 
@@ -87,6 +97,8 @@ def command(
             raise UsageProblem("--resume is for one run; a study goes on by itself when its folder is named again.")
         run_study(recipe, Path(folder or "runs/study"), seeds, only, workers, quiet=as_json, figures=figures)
         return
+    if resume is not None and folder is not None:
+        raise UsageProblem("--resume goes on in the folder of the run; leave --run out.")
     if only:
         raise UsageProblem("--only chooses steps of a --study.")
     place = Path(resume) if resume is not None else _new_folder(recipe, folder)
@@ -111,24 +123,27 @@ def command(
 def read_recipe(recipe_file: str | None, resume: str | None, flags: Mapping[str, Any]) -> FederationRecipe:
     """The recipe that file and flags make together; of a run that is resumed, the one in its folder."""
     from .protocol import federation_recipe, relative_to
-    from .recipe import assign, from_yaml, merge, read_yaml
+    from .recipe import assign, from_yaml, merge, plain, read_yaml
 
     fields: dict[str, Any] = {}
     if resume is not None:
-        if recipe_file is not None or flags["protocol"]:
+        if recipe_file is not None or flags["protocol"] is not None:
             raise UsageProblem("--resume takes the recipe of the run; leave the recipe file and --protocol out.")
         if not (Path(resume) / RECIPE).is_file():
             raise UsageProblem(f"--resume '{resume}': it holds no {RECIPE}, so `mergesolve federate` did not write it.")
         fields = read_yaml(Path(resume) / RECIPE, "recipe")
+        begun = federation_recipe(fields, f"'{Path(resume) / RECIPE}'")
     elif recipe_file is not None:
-        fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
+        fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent.resolve())
     over: dict[str, Any] = {}
-    if flags["protocol"]:
+    if flags["protocol"] is not None:
         over["protocol"] = flags["protocol"]
-    if flags["step"]:
+    elif not fields.get("protocol") and not fields.get("clients") and not fields.get("partition"):
+        over["protocol"] = "continual-clip"
+    if flags["step"] is not None:
         over["step"] = named_options(flags["step"], "--step")
     if flags["clients"]:
-        over["clients"] = list(flags["clients"])
+        over["clients"] = _only(flags["clients"], fields)
     for flag, key in (("rounds", "rounds"), ("seed", "seed")):
         if flags[flag] is not None:
             over[key] = flags[flag]
@@ -141,37 +156,57 @@ def read_recipe(recipe_file: str | None, resume: str | None, flags: Mapping[str,
         if flags[flag] is not None:
             over.setdefault(part, {})[key] = flags[flag]
     fields = merge(fields, over)
-    if not fields.get("protocol") and not fields.get("clients") and not fields.get("partition"):
-        fields["protocol"] = "continual-clip"
     for pair in flags["sets"]:
         path, separator, text = pair.partition("=")
         if not separator or not path:
             raise UsageProblem(f"--set '{pair}': expected KEY=VALUE, such as training.lr=1e-4.")
         if path.split(".")[0] == "step" and "step" not in fields:
             fields["step"] = {"name": "fedavg"}
-        assign(fields, path, from_yaml(text))
-    recipe = federation_recipe(fields)
-    return with_faults(recipe, flags["faults"])
+        try:
+            assign(fields, path, from_yaml(text))
+        except yaml.YAMLError:
+            raise UsageProblem(f"--set '{pair}': the value is not YAML.") from None
+    recipe = with_faults(federation_recipe(fields), flags["faults"])
+    if resume is not None:
+        old, new = plain(begun), plain(recipe)
+        other = [name for name in old if name != "rounds" and old[name] != new[name]]
+        if other:
+            raise UsageProblem(
+                f"--resume '{resume}': the federation was begun with another '{other[0]}', and only --rounds may "
+                "change. Leave that out, or begin anew in another folder (--run)."
+            )
+    return recipe
+
+
+def _only(names: Sequence[str], fields: Mapping[str, Any]) -> list[Any]:
+    """The clients of these names: as the recipe describes them, else tasks of the zoo."""
+    clients = fields.get("clients")
+    listed = {client["name"]: client for client in clients or () if isinstance(client, dict) and "name" in client}
+    if listed and not fields.get("zoo"):
+        for name in names:
+            choose("client", name, listed, where="--client")
+    return [listed.get(name, name) for name in names]
 
 
 def with_faults(recipe: FederationRecipe, faults: tuple[str, ...]) -> FederationRecipe:
     """The recipe with faults that are rehearsed."""
     from dataclasses import replace
 
-    from .names import choose
     from .protocol import FaultPart
 
     clients = {client.name: client for client in recipe.clients}
     for text in faults:
         name, separator, rest = text.partition("=")
-        kind, _, rounds = rest.partition("@")
+        kind, at, rounds = rest.partition("@")
         if not separator or not kind:
             raise UsageProblem(f"--fault '{text}': expected CLIENT=KIND or CLIENT=KIND@ROUND,ROUND.")
         choose("client", name, clients, where="--fault")
         try:
-            numbers = tuple(int(number) for number in rounds.split(",")) if rounds else None
+            numbers = tuple(int(number) for number in rounds.split(",")) if at else None
         except ValueError:
             raise UsageProblem(f"--fault '{text}': rounds are numbers, as in {name}={kind}@2,3.") from None
+        if numbers is not None and not all(1 <= number <= recipe.rounds for number in numbers):
+            raise UsageProblem(f"--fault '{text}': the federation has the rounds 1 to {recipe.rounds}.")
         clients[name] = replace(clients[name], fault=FaultPart(kind, numbers))
     return replace(recipe, clients=tuple(clients.values()))
 
@@ -180,7 +215,7 @@ def run_one(
     recipe: FederationRecipe, folder: Path, *, resume: bool, workers: int = 1, quiet: bool = False, updates: bool = True
 ) -> dict[str, Any]:
     """Run a federation into a folder; returns its header, records, status and message."""
-    from .console import counting, note
+    from .console import counting, note, warn
     from .federating import FederationSetup, cache_folder
     from .protocol import to_yaml
 
@@ -188,10 +223,14 @@ def run_one(
     setup.check()
     federation = setup.federation
     from ..federated import federate
+    from ..federated.federation import ROUNDS, STATE, read_rounds
     from ..solvers.files import write_bytes
 
-    if resume and not folder.is_dir():
-        raise UsageProblem(f"--resume '{folder}': there is no such folder.")
+    if resume and not (folder / STATE).exists() and read_rounds(folder / ROUNDS)[1]:
+        raise UsageProblem(
+            f"--resume '{folder}': rounds were done, and the state after them, {STATE}, is gone. Put it back, or begin "
+            "anew in another folder."
+        )
     if not resume:  # before the first round, so that a run that is killed in it can be resumed
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / RECIPE, to_yaml(recipe).encode())
@@ -200,25 +239,44 @@ def run_one(
         if not quiet:
             note(line_of(record, recipe.rounds))
 
-    with counting("", quiet=quiet) as progress:
-        history = federate(
-            federation,
-            recipe.rounds,
-            folder,
-            resume=resume,
-            workers=workers,
-            callback=tell,
-            progress=progress,
-            backend=recipe.backend,
-            device=recipe.device,
-        )
+    try:
+        with counting("", quiet=quiet) as progress:
+            history = federate(
+                federation,
+                recipe.rounds,
+                folder,
+                resume=resume,
+                workers=workers,
+                callback=tell,
+                progress=progress,
+                backend=recipe.backend,
+                device=recipe.device,
+            )
+    except Exception:
+        if not resume:
+            _discard(folder)
+        raise
     write_bytes(folder / RECIPE, to_yaml(recipe).encode())
+    lost = sorted({*range(1, history.state.round + 1)} - {record["round"] for record in history.records})
+    if lost:
+        warn(f"{folder / ROUNDS} has no records of rounds {', '.join(map(str, lost))}, which were done.")
     return {
         "header": history.header,
         "records": history.records,
         "status": history.status,
         "message": history.message,
     }
+
+
+def _discard(folder: Path) -> None:
+    """Remove what a run wrote that failed before its first round was done, so that it can begin anew there."""
+    from ..federated.federation import ROUNDS, STAGED, START, STATE, read_rounds
+
+    if not read_rounds(folder / ROUNDS)[1]:
+        for name in (RECIPE, ROUNDS, STAGED, START, STATE):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it held other files before
+            folder.rmdir()
 
 
 def line_of(record: Mapping[str, Any], rounds: int) -> str:
@@ -249,6 +307,8 @@ def draw(folder: Path) -> list[Path]:
 
 def _new_folder(recipe: FederationRecipe, wanted: str | None) -> Path:
     if wanted is not None:
+        if Path(wanted).exists() and not Path(wanted).is_dir():
+            raise UsageProblem(f"--run '{wanted}' is a file. Name a folder.")
         if (Path(wanted) / "rounds.jsonl").exists():
             raise UsageProblem(
                 f"--run '{wanted}' holds a federation already. Go on with it (--resume {wanted}), or name another "
