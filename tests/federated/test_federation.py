@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mergesolve.federated import FAULTS, Faulty, FederationError, Membership, Reply
+from mergesolve.federated import FAULTS, Faulty, FederationError, Membership, Reply, UpdateCache
 from mergesolve.federated.federation import Accuracy, Federation, federate, read_rounds, same
 from mergesolve.federated.registry import make_step
 from mergesolve.federated.screening import REASONS, Screening
+from mergesolve.objectives import evaluate as scores
+from mergesolve.solvers import OptionError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -430,6 +432,42 @@ def test_federations_that_cannot_be_are_refused(federation: Any) -> None:
     for rounds in (0, -1, 1.5, True):
         with pytest.raises(FederationError, match="number of rounds must be an integer"):
             federate(Federation(drifting(), start, step), rounds)  # type: ignore[arg-type]
+
+
+def test_trained_clients_learn_and_a_resumed_run_with_kept_replies_is_the_same(
+    federation: Any, server_data: Any, tmp_path: Path
+) -> None:
+    def evaluate(weights: Any) -> Accuracy:
+        found = scores(federation.model, weights, federation.tests)
+        return Accuracy({task: 100 * share for task, share in found.items()})
+
+    def made(cache: Path | None) -> Federation:
+        kept = None if cache is None else UpdateCache(cache)
+        clients = federation.clients(cache=kept)
+        return Federation(clients, federation.anchor, make_step("rows"), server_data, evaluate)
+
+    straight = federate(made(None), 2)
+    federate(made(tmp_path / "cache"), 2, tmp_path / "run", callback=stop_after(1))
+    resumed = federate(made(tmp_path / "cache"), 2, tmp_path / "run", resume=True)
+    assert same(resumed.weights, straight.weights)
+    again = made(tmp_path / "cache")
+    assert same(federate(again, 2).weights, straight.weights)
+    assert again.clients[0].cache.hits == 6  # type: ignore[attr-defined]
+    assert straight.records[-1]["mean"] > straight.header["start"]["mean"] + 20
+
+
+def test_an_error_of_the_step_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    """Krum needs three models; with one client away in round 2 its message ends the run, and what was reached stays."""
+
+    def made(failures: int) -> Federation:
+        clients = [*drifting(2), Flaky("red", 2, failures)]
+        return Federation(clients, small(), make_step({"name": "krum", "byzantine": 0}))
+
+    with pytest.raises(OptionError, match=r"Krum .* needs"):
+        federate(made(1), 3, tmp_path)
+    assert [record["round"] for record in read_rounds(tmp_path / "rounds.jsonl")[1]] == [1]
+    resumed = federate(made(0), 3, tmp_path, resume=True)
+    assert same(resumed.weights, federate(made(0), 3).weights)
 
 
 def test_equal_models_are_equal_to_the_bit() -> None:
