@@ -85,7 +85,7 @@ def command(
       mergesolve federate --study --workers 2 --run runs/study
       mergesolve federate my-federation.yaml
     """
-    from .console import note
+    from .console import note, print_json
 
     recipe = read_recipe(recipe_file, resume, flags)
     if workers < 1:
@@ -95,7 +95,12 @@ def command(
 
         if resume is not None:
             raise UsageProblem("--resume is for one run; a study goes on by itself when its folder is named again.")
-        run_study(recipe, Path(folder or "runs/study"), seeds, only, workers, quiet=as_json, figures=figures)
+        if flags["step"] is not None:
+            raise UsageProblem("--step is for one run; --only chooses steps of a --study.")
+        place = _folder(folder or "runs/study")
+        found = run_study(recipe, place, seeds, only, workers, quiet=as_json, figures=figures)
+        if as_json:
+            print_json(found)
         return
     if resume is not None and folder is not None:
         raise UsageProblem("--resume goes on in the folder of the run; leave --run out.")
@@ -105,8 +110,6 @@ def command(
     outcome = run_one(recipe, place, resume=resume is not None, workers=workers, quiet=as_json)
     drawn = draw(place) if figures and outcome["records"] else []
     if as_json:
-        from .console import print_json
-
         print_json({**outcome, "folder": str(place), "figures": [str(path) for path in drawn]})
     else:
         note(f"{place}: {outcome['status']}" + (f"; figures in {place / FIGURES}" if drawn else ""))
@@ -305,10 +308,16 @@ def draw(folder: Path) -> list[Path]:
     return list(save_federation(read_study(folder), folder / FIGURES))
 
 
+def _folder(wanted: str) -> Path:
+    if Path(wanted).exists() and not Path(wanted).is_dir():
+        raise UsageProblem(f"--run '{wanted}' is a file. Name a folder.")
+    return Path(wanted)
+
+
 def _new_folder(recipe: FederationRecipe, wanted: str | None) -> Path:
     if wanted is not None:
-        if Path(wanted).exists() and not Path(wanted).is_dir():
-            raise UsageProblem(f"--run '{wanted}' is a file. Name a folder.")
+        if (_folder(wanted) / "study.json").exists():
+            raise UsageProblem(f"--run '{wanted}' holds a study. Go on with it (--study), or name another folder.")
         if (Path(wanted) / "rounds.jsonl").exists():
             raise UsageProblem(
                 f"--run '{wanted}' holds a federation already. Go on with it (--resume {wanted}), or name another "

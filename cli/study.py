@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .errors import Interrupted
 from .names import UsageProblem, choose
 from .protocol import FederationRecipe, federation_recipe
 from .recipe import Choice, merge, plain
@@ -85,8 +88,12 @@ def run_study(
     *,
     quiet: bool = False,
     figures: bool = True,
-) -> None:
-    """Run what is missing of the study, then print and write its tables and draw its figures."""
+) -> dict[str, Any]:
+    """Run what is missing of the study, then print and write its tables and draw its figures.
+
+    Returns folder, tables and figures. A step that fails does not keep the others from running; its error is raised
+    after them.
+    """
     if seeds < 1 or workers < 1:
         raise UsageProblem("--seeds and --workers must be at least 1.")
     table = steps_of_study()
@@ -103,13 +110,22 @@ def run_study(
     waiting = [job for job in jobs if not _done(job[2], recipe.rounds)]
     _say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done", quiet)
     began = time.monotonic()
-    _in_processes(waiting, workers, began, quiet)
-    report(folder, figures=figures, quiet=quiet)
+    failure = _in_processes(waiting, workers, began, quiet)
+    if failure is not None and not any(folder.glob("*/seed-*/rounds.jsonl")):
+        raise failure  # there is nothing to report
+    found = report(folder, figures=figures, quiet=quiet)
+    if failure is not None:
+        raise failure
+    return found
 
 
-def _in_processes(jobs: Sequence[tuple[str, Mapping[str, Any], Path]], workers: int, began: float, quiet: bool) -> None:
+def _in_processes(
+    jobs: Sequence[tuple[str, Mapping[str, Any], Path]], workers: int, began: float, quiet: bool
+) -> Exception | None:
+    """Run all jobs; returns the first error."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
+    failure: Exception | None = None
     with ProcessPoolExecutor(  # a process for each run, so that its peak of memory is its own
         workers, mp_context=context, initializer=_threads, initargs=(threads,), max_tasks_per_child=1
     ) as pool:
@@ -119,16 +135,33 @@ def _in_processes(jobs: Sequence[tuple[str, Mapping[str, Any], Path]], workers: 
             while left:
                 finished, left = wait(left, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    _say(_progress(total - len(left), total, began, future.result()), quiet)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                    error = future.exception()
+                    if error is not None and not isinstance(error, Exception):
+                        raise error
+                    failure = failure or error
+                    text = future.result() if error is None else f"failed: {error}"
+                    _say(_progress(total - len(left), total, began, text), quiet)
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()  # a run that is killed goes on
+            raise Interrupted("interrupted; the same command goes on with the study") from None
+    return failure
 
 
 def _threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study ends its runs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the study is killed, its runs must end, too: the study that goes on writes into the same folders."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(label: str, fields: Mapping[str, Any], folder: Path) -> str:
@@ -164,23 +197,30 @@ def _write_plan(folder: Path, recipe: FederationRecipe, labels: list[str], seeds
 
     path = folder / "study.json"
     protocol = {key: value for key, value in plain(recipe).items() if key not in ("step", "seed")}
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if old["protocol"] != protocol:
-            raise UsageProblem(
-                f"'{folder}' holds a study of another protocol or other settings. Name another folder (--run)."
-            )
-        labels = [*dict.fromkeys([*old["steps"], *labels])]
-        order = list(steps_of_study())
-        labels.sort(key=order.index)
-        seeds = max(seeds, len(old["seeds"]))
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = [recipe.seed + seed for seed in range(seeds)]
+    if (folder / "rounds.jsonl").exists():
+        raise UsageProblem(f"'{folder}' holds a federation, no study. Name another folder (--run).")
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            begun, steps, done = old["protocol"], [str(name) for name in old["steps"]], [int(n) for n in old["seeds"]]
+        except (ValueError, KeyError, TypeError):
+            raise UsageProblem(f"'{path}' is damaged. Remove it to go on, with the settings of before.") from None
+        if begun != protocol:
+            other = next(key for key in {**begun, **protocol} if begun.get(key) != protocol.get(key))
+            raise UsageProblem(
+                f"'{folder}' holds a study with another '{other}'. Give what it was begun with, or name another folder "
+                "(--run)."
+            )
+        order = list(steps_of_study())
+        labels = sorted({*steps, *labels}, key=lambda label: order.index(label) if label in order else len(order))
+        numbers = sorted({*done, *numbers})
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"steps": labels, "seeds": numbers, "protocol": protocol})
 
 
-def report(folder: Path, *, figures: bool, quiet: bool) -> None:
-    """Print the tables, write them as Markdown, draw the figures."""
+def report(folder: Path, *, figures: bool, quiet: bool) -> dict[str, Any]:
+    """Print the tables, write them as Markdown, draw the figures; returns all of it as JSON has it."""
     from ..reports import accuracy_table, cost_table, dominance_table, read_study, save_federation
     from ..solvers.files import write_bytes
     from .console import note, show
@@ -191,6 +231,11 @@ def report(folder: Path, *, figures: bool, quiet: bool) -> None:
         write_bytes(folder / f"{name}.md", grid.markdown().encode())
         if not quiet:
             show(grid.rich())
-    if figures:
-        save_federation(study, folder / "figures")
+    drawn = save_federation(study, folder / "figures") if figures else []
+    if drawn and not quiet:
         note(f"figures in {folder / 'figures'}")
+    return {
+        "folder": str(folder),
+        "tables": {name: {"header": grid.header, "rows": grid.rows} for name, grid in tables.items()},
+        "figures": [str(path) for path in drawn],
+    }
