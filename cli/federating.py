@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -92,20 +92,40 @@ class FederationSetup:
 
         All of them are classified among the classes of all clients; with a module, among its outputs.
         """
-        from ..objectives import joint
-
         recipe = self.recipe
-        together: Callable[[Sequence[Task]], tuple[Task, ...]] = joint if recipe.model.module is None else tuple
         if recipe.partition is not None:
             return self._shares()
         names = [client.name for client in recipe.clients]
         parts = [client.task for client in recipe.clients]
         pairs = [self._train_and_server(part) for part in parts]
-        train = together([_called(name, task) for name, (task, _) in zip(names, pairs, strict=True)])
-        test = together([_called(name, self._test(part)) for name, part in zip(names, parts, strict=True)])
+        train = self._joint([_called(name, task) for name, (task, _) in zip(names, pairs, strict=True)])
+        test = self._joint([_called(name, self._test(part)) for name, part in zip(names, parts, strict=True)])
         held = [_called(name, task) for name, (_, task) in zip(names, pairs, strict=True) if task is not None]
-        server: Sequence[Task | None] = together(held) if held else [None] * len(names)
+        server: Sequence[Task | None] = self._joint(held) if held else [None] * len(names)
         return tuple(zip(names, train, test, server, strict=True))
+
+    def _joint(self, tasks: Sequence[Task]) -> tuple[Task, ...]:
+        """The tasks over the classes of all; those with the same classes share them, for equal ones would tie."""
+        from ..objectives import joint
+
+        if self.recipe.model.module is not None:
+            return tuple(tasks)
+        # A head of the zoo goes by the name of its task, any other one by the texts alone.
+        keys = [task.texts if self.recipe.zoo else (task.classes, task.templates) for task in tasks]
+        whole = joint([tasks[keys.index(key)] for key in dict.fromkeys(keys)])
+        starts, before = {}, 0
+        for key in dict.fromkeys(keys):
+            starts[key] = before
+            before += len(tasks[keys.index(key)].classes)
+        return tuple(
+            replace(
+                task,
+                labels=None if task.labels is None else task.labels + starts[key],
+                classes=whole[0].classes,
+                parts=whole[0].parts,
+            )
+            for task, key in zip(tasks, keys, strict=True)
+        )
 
     def _train_and_server(self, part: TaskPart) -> tuple[Task, Task | None]:
         """A task's training set, and what the server holds of it: never the same samples."""

@@ -155,6 +155,7 @@ class FederationRecipe:
         _at_least(self, "federation", rounds=1, seed=0)
         _at_least(self.training, "federation: 'training'", images=1)
         _at_least(self.server, "federation: 'server'", images=0, reference=0, fisher=0, client_fisher=0)
+        _not_test(self.server.split, "federation: 'server'")
         _at_least(self.evaluation, "federation: 'evaluation'", images=1, reference=0)
         for client in self.clients:
             where = f"federation: client '{client.name}'"
@@ -182,7 +183,15 @@ def _at_least(part: object, where: str, **least: int) -> None:
                 raise UsageProblem(f"{where}: '{name}' must be at least {bound}; found {number}.")
 
 
+def _not_test(split: str | None, where: str) -> None:
+    if split is not None and split.startswith("test"):
+        raise UsageProblem(
+            f"{where}: the split '{split}' is what accuracies are measured on. Give another, such as 'train'."
+        )
+
+
 def _check_data(part: TaskPart, where: str) -> None:
+    _not_test(part.split, where)
     if part.teacher is not None or part.weight != 1.0:
         field = "weight" if part.teacher is None else "teacher"
         raise UsageProblem(f"{where}: '{field}' of a task has no meaning in a federation. Leave it out.")
