@@ -53,6 +53,8 @@ class FederationSetup:
                 "the federation has no clients. Give --protocol continual-clip, --client NAME for tasks of the zoo, or "
                 "a recipe file with clients."
             )
+        if recipe.zoo and (recipe.base, recipe.model.architecture, recipe.model.module) != (None, None, None):
+            raise UsageProblem("the zoo brings its own base and model; leave 'base' and 'model' out, or the zoo.")
         if not recipe.zoo and recipe.base is None:
             raise UsageProblem("the federation has no base to begin with. Give 'base: PATH' in the recipe, or --zoo.")
         for client in recipe.clients:

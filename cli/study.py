@@ -27,8 +27,8 @@ from .recipe import Choice, merge, plain
 
 OTHERS = ("numerals", "uppercase", "symbols", "pictograms", "polygons", "arrows", "positions", "colours", "gaps")
 DISTILL = {"name": "distillation", "batch_size": 16}
-SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-BOUNDS = (0.005, 0.02, 0.1, 0.3)
+SCALES = (0.05, 0.2, 0.3, 0.4, 0.5)
+BOUNDS = (0.005, 0.05, 0.1, 0.3)
 
 FIXED: dict[str, dict[str, Any]] = {
     "average": {"name": "fedavg"},
@@ -75,7 +75,7 @@ def steps_of_study() -> dict[str, tuple[dict[str, Any], dict[str, Any], bool]]:
         for label, step in table.items():
             found[label] = (step, {}, once)
     for label, (images, base) in DATA.items():
-        found[label] = (SOLVING[base], {"server": {"images": images}}, False)
+        found[label] = (SOLVING[base], {"server": {"images": images}}, True)
     return found
 
 
@@ -123,7 +123,8 @@ def _in_processes(
     jobs: Sequence[tuple[str, Mapping[str, Any], Path]], workers: int, began: float, quiet: bool
 ) -> Exception | None:
     """Run all jobs; returns the first error."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = max(1, (int(wanted) if wanted.isdecimal() else os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     failure: Exception | None = None
     with ProcessPoolExecutor(  # a process for each run, so that its peak of memory is its own
@@ -189,7 +190,8 @@ def _done(folder: Path, rounds: int) -> bool:
     from ..federated.federation import read_rounds
 
     _, records = read_rounds(folder / "rounds.jsonl")
-    return bool(records) and records[-1]["round"] >= rounds and (folder / "model.safetensors").exists()
+    merged = [record["round"] for record in records if not record["repeat"]]
+    return bool(merged) and merged[-1] >= rounds and (folder / "model.safetensors").exists()
 
 
 def _write_plan(folder: Path, recipe: FederationRecipe, labels: list[str], seeds: int) -> None:
