@@ -307,7 +307,10 @@ def _replies(clients: Sequence[Client], weights: Weights, round: int, workers: i
 def _reply(client: Client, weights: Weights, round: int) -> Reply:
     began = time.perf_counter()
     try:
-        return client.fit(weights, round)
+        reply: object = client.fit(weights, round)
+        if not isinstance(reply, Reply):
+            raise TypeError(f"fit returned {type(reply).__name__}, no Reply")
+        return reply
     except Exception as error:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         seconds = time.perf_counter() - began

@@ -7,14 +7,14 @@ Weights of FedAvg and FedNova follow from what the clients report; every other o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from ..pools import Pool, Statistics
 from ..pools.transforms import make_transform
-from ..solvers.closed_form import Linear, describe_merge, make_merge, merge_weights
+from ..solvers.closed_form import Linear, describe_merge, merge_weights
 from ..solvers.closed_form.merge import Merge
 from ..solvers.selection import Evidence, make_selector
 from .errors import FederationError
@@ -22,6 +22,7 @@ from .replies import Weights
 from .step import NO_DATA, Proposal, Round, ServerData, ServerStep
 
 Spec = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Preparation:
         for transform in self.transforms:
             make_transform(transform)
 
-    def __call__(self, pool: Pool, data: ServerData) -> Pool:
+    def __call__(self, pool: Pool, round: Round) -> Pool:
         """Return the pool that is merged."""
         if self.select is not None:
-            pool = pool.subset(make_selector(self.select).select(evidence(pool, data)).names)
+            pool = pool.subset(make_selector(self.select).select(evidence(pool, round.data)).names)
         for transform in self.transforms:
-            pool = pool.transform(make_transform(transform))
+            pool = pool.transform(reseeded(make_transform(transform), round))
         return pool
 
     def describe(self) -> dict[str, Any]:
@@ -71,6 +72,14 @@ def evidence(pool: Pool, data: ServerData) -> Evidence:
     )
 
 
+def reseeded(drawn: T, round: Round) -> T:
+    """Return a merge or a transform with a seed of this round: the same random masks in all rounds would leave most of
+    what the clients send behind for good."""
+    if "seed" not in {field.name for field in fields(drawn)}:  # type: ignore[arg-type]
+        return drawn
+    return replace(drawn, seed=drawn.seed + round.draw)  # type: ignore[attr-defined, type-var]
+
+
 @dataclass(frozen=True)
 class MergeStep(ServerStep):
     """A closed-form merge of the clients' models; `origin` makes θ_0 one more expert of it, called "origin"."""
@@ -82,12 +91,17 @@ class MergeStep(ServerStep):
     def propose(self, round: Round) -> Proposal:
         """Merge."""
         with round.watch.timed("read"):
-            pool = self.prepare(round.with_origin() if self.origin else round.pool, round.data)
-        merge = self.merge
-        statistics = None if merge.statistics is None else self._statistics(pool, round)
+            pool = self.prepare(round.models(origin=self.origin), round)
+        merge = reseeded(self.merge, round)
+        details = {"merge": describe_merge(merge)}
         with round.watch.timed("combine"):
-            weights = merge_weights(pool, merge, statistics)
-        return Proposal(weights, linear_coefficients(merge, pool), {"merge": describe_merge(merge)}, NO_DATA)
+            if isinstance(merge, Linear) and not merge.transforms():  # a point of the pool, whose coefficients tell
+                merge.check(pool)
+                matrix, blocks = merge.coefficients(pool)
+                means = dict(zip(pool.names, matrix.mean(axis=0).tolist(), strict=True))
+                return Proposal(pool.combine(matrix, blocks), means, details, NO_DATA)
+            statistics = None if merge.statistics is None else self._statistics(pool, round)
+            return Proposal(merge_weights(pool, merge, statistics), None, details, NO_DATA)
 
     def _statistics(self, pool: Pool, round: Round) -> Statistics:
         kind = self.merge.statistics
@@ -109,14 +123,6 @@ class MergeStep(ServerStep):
             **({"origin": True} if self.origin else {}),
             **self.prepare.describe(),
         }
-
-
-def linear_coefficients(merge: Merge, pool: Pool) -> dict[str, float] | None:
-    """Return the mean coefficient of each expert, if the merge is a point of the pool."""
-    if not isinstance(merge, Linear) or merge.transforms():
-        return None
-    matrix, _ = merge.coefficients(pool)
-    return dict(zip(pool.names, matrix.mean(axis=0).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class FedNova(ServerStep):
     def propose(self, round: Round) -> Proposal:
         """Average the normalized updates."""
         share = shares(round, self.by)
-        steps = np.array([max(reply.steps, 1) for reply in round.replies], dtype=np.float64)
+        steps = np.array([reply.steps for reply in round.replies], dtype=np.float64)
         return weighted(round, float(share @ steps) * share / steps)
 
     def describe(self) -> dict[str, Any]:
@@ -166,15 +172,11 @@ class FedNova(ServerStep):
 def shares(round: Round, by: str) -> np.ndarray[Any, Any]:
     """Return p [n], which sums to 1."""
     sizes = [reply.samples if by == "samples" else 1 for reply in round.replies]
-    if min(sizes) < 0 or sum(sizes) == 0:
-        raise FederationError(f"the clients report {sizes} samples; numbers above 0 are needed to weigh by them.")
     return np.array(sizes, dtype=np.float64) / sum(sizes)
 
 
 def weighted(round: Round, coefficients: np.ndarray[Any, Any]) -> Proposal:
     """Return θ_t + Σ_i λ_i τ_i."""
-    weights = dict(zip(round.pool.names, coefficients.tolist(), strict=True))
-    merge = make_merge({"name": "task-arithmetic", "scale": 1.0, "weights": weights})
     with round.watch.timed("combine"):
-        merged = merge_weights(round.pool, merge)
-    return Proposal(merged, weights, {}, NO_DATA)
+        merged = round.pool.combine(coefficients[None, :], round.pool.blocks("model"))
+    return Proposal(merged, dict(zip(round.pool.names, coefficients.tolist(), strict=True)), {}, NO_DATA)

@@ -5,7 +5,8 @@
     adam       the same m,  v ← β2 v + (1 − β2) Δ²
     yogi       the same m,  v ← v − (1 − β2) Δ² sign(v − Δ²)
 
-Momentum with β1 = 0 and lr = 1 is the inner step itself. As published, moments are not corrected for their start.
+Momentum with β1 = 0 and lr = 1 is the inner step itself. As published, v starts at adaptivity², and moments are not
+corrected for their start.
 Source: Reddi et al. (2021), Adaptive Federated Optimization, algorithm 2; Hsu, Qi and Brown (2019) for FedAvgM.
 """
 
@@ -69,7 +70,7 @@ class ServerOptimizer(ServerStep):
                 memory[FIRST + name] = first.numpy()
                 move = first
                 if self.method != "momentum":
-                    second = self._second(self._moment(round, SECOND, name, delta), delta**2)
+                    second = self._second(self._moment(round, SECOND, name, delta, self.adaptivity**2), delta**2)
                     memory[SECOND + name] = second.numpy()
                     move = first / (second.sqrt() + self.adaptivity)
                 weights[name] = anchor + self.lr * move
@@ -77,9 +78,9 @@ class ServerOptimizer(ServerStep):
         return replace(inner, weights=weights, coefficients=None, details=details, memory=memory)
 
     @staticmethod
-    def _moment(round: Round, kind: str, name: str, like: torch.Tensor) -> torch.Tensor:
+    def _moment(round: Round, kind: str, name: str, like: torch.Tensor, start: float = 0.0) -> torch.Tensor:
         found = round.memory.get(kind + name)
-        return torch.zeros_like(like) if found is None else torch.from_numpy(np.asarray(found))
+        return torch.full_like(like, start) if found is None else torch.from_numpy(np.asarray(found))
 
     def _second(self, second: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
         if self.method == "adagrad":

@@ -58,8 +58,7 @@ class FederatedFrankWolfe(ServerStep):
 
     def propose(self, round: Round) -> Proposal:
         """Ask the clients."""
-        seed = round.seed * 100_003 + round.number
-        objective = self._local().loss(round, round.pool, seed)
+        objective = self._local().loss(round, round.pool, round.draw)
         models = {reply.client: reply.weights for reply in round.replies}
         with round.watch.timed("objective"):
             result, weights, traffic = federated_frank_wolfe(

@@ -160,7 +160,7 @@ STEPS: dict[str, Entry] = {
         "The same, with forgetting bounded: the reference loss stays below ε.",
         "augmented Lagrangian (Bertsekas 1982)",
         "inputs for each client, reference inputs",
-        _solving("rows-bound", {**ROW_DISTILLATION, "retention": {"bound": 0.05, "batch_size": 64, "outer": 3}}),
+        _solving("rows-bound", {**ROW_DISTILLATION, "retention": {"bound": 0.02, "batch_size": 64, "outer": 3}}),
     ),
     "fw-bound": Entry(
         "Frank-Wolfe on distillation with the reference loss below ε, inside the hull.",

@@ -1,6 +1,6 @@
 """What travels from a client to the server, and what a client is.
 
-    reply = client.fit(weights, round)
+reply = client.fit(weights, round)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ..solvers.problem import cosines
 from .errors import FederationError
 from .phases import conflict
 from .replies import Reply, Weights
-from .screening import Screening, screen
+from .screening import Screening, pool_of, screen
 from .state import ServerState
 from .step import Proposal, Round, ServerData, ServerStep, Watch
 
@@ -54,7 +54,6 @@ def merge_round(
             options=screening,
             last=state.fingerprints,
             norms=state.norms,
-            backend=backend,
             device=device,
         )
     record: dict[str, Any] = {
@@ -66,6 +65,8 @@ def merge_round(
     if record["repeat"] or screened.pool is None:
         return dict(anchor), state, {**record, "repeat": True, "seconds": _seconds(watch, replies)}
 
+    if backend == "auto":  # by what is free in the first round; later ones must not round differently
+        backend = state.backend or pool_of(anchor, screened.accepted, "auto", device).backend
     round_ = Round(
         number,
         screened.pool,
@@ -78,6 +79,7 @@ def merge_round(
         seed,
         watch,
         progress,
+        backend,
     )
     norms = np.sqrt(np.diagonal(screened.gram))
     with watch.timed("screen"):
@@ -98,7 +100,7 @@ def merge_round(
         "bytes": _traffic(anchor, replies, screened.received, proposal),
         "peak_memory": memory.peak(),
     }
-    return weights, state.after(proposal.memory, screened.fingerprints, norms.tolist()), record
+    return weights, state.after(proposal.memory, screened.fingerprints, norms.tolist(), backend), record
 
 
 def distance(a: Weights, b: Weights) -> float:

@@ -30,6 +30,7 @@ REASONS = {
     "failed": "the client sent no model: it raised, or dropped out",
     "duplicate": "the client sent more than one reply; the first one counts",
     "late": "the reply is trained from the model of another round",
+    "counts": "the numbers of samples and steps that the client reports are none",
     "unreadable": "the client's file is not a readable checkpoint",
     "names": "tensors of the model are missing, or there are others",
     "shape": "a tensor has another shape or another kind of elements",
@@ -111,7 +112,6 @@ def screen(
     options: Screening,
     last: Mapping[str, str] | None = None,
     norms: Sequence[float] = (),
-    backend: str = "auto",
     device: str = "cpu",
 ) -> Screened:
     """Sort replies by client and leave out those that cannot be merged.
@@ -148,7 +148,7 @@ def screen(
             rejected.append(Rejection(reply.client, *problem))
     if not candidates:
         return Screened((), tuple(rejected), None, np.zeros((0, 0)), fingerprints, received)
-    pool = pool_of(anchor, candidates.values(), backend, device)
+    pool = pool_of(anchor, candidates.values(), "streaming", device)
     gram = pool.gram(pool.blocks("model"))[0]
     lengths = {name: float(np.sqrt(gram[i, i])) for i, name in enumerate(pool.names)}
     measured = [length for length in lengths.values() if 0 < length < math.inf]
@@ -176,7 +176,7 @@ def screen(
         if not kept:
             return Screened((), tuple(rejected), None, np.zeros((0, 0)), fingerprints, received)
         # Anew, so that not even the rounding of its sums tells that there was anybody else.
-        pool = pool_of(anchor, accepted, backend, device)
+        pool = pool_of(anchor, accepted, "streaming", device)
         gram = pool.gram(pool.blocks("model"))[0]
     return Screened(accepted, tuple(rejected), pool, gram, fingerprints, received)
 
@@ -204,6 +204,10 @@ def _claims(reply: Reply, number: int, taken: Mapping[str, Reply]) -> tuple[str,
         return "failed", reply.error or "no reason was given"
     if reply.round != number:
         return "late", f"trained from the model of round {reply.round}; this is round {number}"
+    for name in ("samples", "steps"):
+        count = getattr(reply, name)
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+            return "counts", f"{name} is {count!r}, expected an integer of at least 1"
     return None
 
 
@@ -218,7 +222,8 @@ def _fits(sent: Checkpoint, found: Checkpoint) -> tuple[str, str] | None:
         reply = found.tensors[name]
         if reply.shape != info.shape:
             return "shape", f"{name!r} has shape {list(reply.shape)}, expected {list(info.shape)}"
-        if reply.is_float != info.is_float:
+        rounded = info.is_float and reply.dtype.itemsize < info.dtype.itemsize  # rounding is as large as the update
+        if reply.is_float != info.is_float or rounded:
             return "shape", f"{name!r} has elements {reply.dtype}, expected {info.dtype}"
     return None
 

@@ -87,7 +87,7 @@ class Retention:
 
         data, origin = round.data, _floats(round.origin)
         if self.by != "reference":
-            return Proximity(origin, data.fisher if self.by == "fisher" else None)
+            return Proximity(origin, data.fisher if self.by == "fisher" else None, device=round.pool.device)
         assert data.model is not None
         assert data.reference is not None
         task = data.reference.without_labels()
@@ -172,7 +172,7 @@ class SolveStep(ServerStep):
         if kind == WEIGHTS:
             # The mean of ½‖θ − θ̂_i‖² is ½‖θ − mean θ̂‖² and a constant: one model in memory, however many clients.
             row = np.array([[float(name != ORIGIN) / len(clients) for name in pool.names]])
-            return Proximity(pool.combine(row, pool.blocks("model")))
+            return Proximity(pool.combine(row, pool.blocks("model")), device=pool.device)
         data = round.data
         tasks = [data.tasks[client] for client in sorted(data.tasks)]
         if kind != LABELLED:
@@ -191,8 +191,8 @@ class SolveStep(ServerStep):
         """Solve."""
         self.check(round.data)
         with round.watch.timed("read"):
-            pool = self.prepare(round.with_origin() if self.origin else round.pool, round.data)
-        seed = round.seed * 100_003 + round.number
+            pool = self.prepare(round.models(origin=self.origin, backend=round.backend), round)
+        seed = round.draw
         objective = self.loss(round, pool, seed)
         if self.retention is not None and self.retention.weight is not None:
             from ..objectives import WeightedSum
@@ -248,6 +248,7 @@ class SolveStep(ServerStep):
         assert isinstance(self.solver, Solver)
         vertex = np.zeros_like(found.coefficients)
         vertex[:, problem.experts.index(ORIGIN)] = 1.0
+        vertex = problem.domain.project(vertex)
         ends = [(ORIGIN, vertex, constraint_at(problem, vertex)), ("last", found.coefficients, found.constraint)]
         point, moved = repaired(problem, ends, 0.0)
         if moved is None:

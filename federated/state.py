@@ -31,7 +31,8 @@ class ServerState:
     """Everything besides the global model that the next round depends on.
 
     round: rounds done. origin: θ_0. memory: arrays of the server step, by its own names. fingerprints: of what each
-    client sent last, and was sent. norms: of the updates that were accepted, oldest first.
+    client sent last, and was sent. norms: of the updates that were accepted, oldest first. backend: of the pools of the
+    solvers, as it was chosen in the first round.
     """
 
     origin: Weights
@@ -39,6 +40,7 @@ class ServerState:
     memory: Mapping[str, Array] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[float, ...] = ()
+    backend: str | None = None
 
     def save(self, path: str | Path, weights: Weights, identity: Mapping[str, Any]) -> None:
         """Write state and global model. identity: what a run that resumes from the file must agree with."""
@@ -48,6 +50,7 @@ class ServerState:
             "round": self.round,
             "fingerprints": dict(self.fingerprints),
             "norms": [norm.hex() for norm in self.norms],
+            "backend": self.backend,
             "identity": identity,
         }
         write_bytes(Path(path), save(tensors, metadata={"state": dumps(content)}))
@@ -68,9 +71,11 @@ class ServerState:
         weights = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
         memory = {n.removeprefix(MEMORY): t.numpy() for n, t in tensors.items() if n.startswith(MEMORY)}
         norms = tuple(float.fromhex(norm) for norm in content["norms"])
-        return cls(origin, int(content["round"]), memory, content["fingerprints"], norms), weights
+        return cls(origin, int(content["round"]), memory, content["fingerprints"], norms, content["backend"]), weights
 
-    def after(self, memory: Mapping[str, Array], fingerprints: Mapping[str, str], norms: list[float]) -> ServerState:
+    def after(
+        self, memory: Mapping[str, Array], fingerprints: Mapping[str, str], norms: list[float], backend: str
+    ) -> ServerState:
         """Return the state after one more round."""
         return replace(
             self,
@@ -78,6 +83,7 @@ class ServerState:
             memory=dict(memory),
             fingerprints={**self.fingerprints, **fingerprints},
             norms=(*self.norms, *norms)[-HISTORY:],
+            backend=backend,
         )
 
 
@@ -97,7 +103,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             content = json.loads((file.metadata() or {})["state"])
-            return tensors, {key: content[key] for key in ("round", "fingerprints", "norms", "identity")}
+            return tensors, {key: content[key] for key in ("round", "fingerprints", "norms", "backend", "identity")}
     except FileNotFoundError:
         raise FederationError(f"{path} does not exist; there is no federation to resume.") from None
     except (SafetensorError, KeyError, ValueError) as error:

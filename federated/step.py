@@ -67,6 +67,7 @@ class Round:
 
     number: from 1. pool: base θ_t, experts the clients, in the order of `replies`. gram: inner products of the updates
     [n, n]. anchor: θ_t. origin: θ_0. memory: what the step left last time. progress: called as (done, in all).
+    backend: of pools that are read again and again; `pool` itself streams.
     """
 
     number: int
@@ -80,12 +81,20 @@ class Round:
     seed: int = 0
     watch: Watch = field(default_factory=Watch)
     progress: Callable[[int, int], None] | None = None
+    backend: str = "streaming"
 
-    def with_origin(self) -> Pool:
-        """Return the pool with θ_0 as one more expert."""
-        if ORIGIN in self.pool.names:
+    def models(self, *, origin: bool, backend: str = "streaming") -> Pool:
+        """Return a pool of the clients' models, and of θ_0 as one more expert if `origin`."""
+        if not origin and backend == self.pool.backend:
+            return self.pool
+        if origin and ORIGIN in self.pool.names:
             raise FederationError(f"a client is called {ORIGIN!r}, which means θ_0; give it another name.")
-        return pool_of(self.anchor, self.replies, self.pool.backend, str(self.pool.device), self.origin)
+        return pool_of(self.anchor, self.replies, backend, str(self.pool.device), self.origin if origin else None)
+
+    @property
+    def draw(self) -> int:
+        """A number that no other round and no other seed has: for batches and random masks."""
+        return self.seed * 100_003 + self.number
 
 
 @dataclass(frozen=True)

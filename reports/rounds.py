@@ -199,7 +199,8 @@ class Study:
                     rest = json.dumps(
                         {k: v for k, v in run.options.items() if k != option}, sort_keys=True, default=str
                     )
-                    members.setdefault((run.method, option, rest), {})[value] = step
+                    # The first of equal steps: others differ in what the server had, not in the option.
+                    members.setdefault((run.method, option, rest), {}).setdefault(value, step)
         found = [
             Sweep(method, option, tuple(sorted(steps)), tuple(steps[value] for value in sorted(steps)))
             for (method, option, _), steps in members.items()

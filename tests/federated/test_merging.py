@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mergesolve.federated import FederationError, Reply
+from mergesolve.federated import FederationError
 from mergesolve.federated.registry import make_step
 from mergesolve.federated.rounds import merge_round
 from mergesolve.federated.state import ServerState
@@ -169,19 +170,18 @@ def test_preparation_selects_then_transforms(sampled: Any) -> None:
     same(found, flat(replies[int(chosen[1])].weights))
 
 
-def test_samples_that_cannot_weigh_are_refused(sampled: Any) -> None:
-    anchor, replies = sampled(2)
-    for samples in (0, -5):
-        wrong = [dataclasses.replace(reply, samples=samples) for reply in replies]
-        with pytest.raises(FederationError, match="numbers above 0 are needed"):
-            merged(anchor, wrong, {"name": "fedavg", "by": "samples"})
+def test_counts_that_cannot_weigh_are_screened(sampled: Any) -> None:
+    anchor, replies = sampled(3)
+    for name, count in itertools.product(("samples", "steps"), (0, -5, 2.5, True)):
+        wrong = [dataclasses.replace(replies[0], **{name: count}), *replies[1:]]
+        weights, _, record = merge_round(anchor, wrong, ServerState(anchor), make_step("fednova"))
+        assert [(left["client"], left["reason"]) for left in record["rejected"]] == [(replies[0].client, "counts")]
+        expected, _, _ = merge_round(anchor, replies[1:], ServerState(anchor), make_step("fednova"))
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_weights_that_are_none_are_refused() -> None:
     with pytest.raises(FederationError, match="'by' parameter of FedAvg"):
         make_step({"name": "fednova", "by": "size"})
     with pytest.raises(OptionError, match="weights"):
         make_step({"name": "average", "weights": {"c0": "much"}})
-
-
-def test_clients_that_report_no_steps_are_taken_to_have_made_one() -> None:
-    anchor = {"w": torch.zeros(2)}
-    replies = [Reply("a", {"w": torch.tensor([1.0, 0.0])}, 1, steps=0), Reply("b", {"w": torch.tensor([0.0, 1.0])}, 1)]
-    assert torch.equal(merged(anchor, replies, "fednova")["w"], torch.tensor([0.5, 0.5]))

@@ -47,7 +47,7 @@ def test_momentum_zero_and_rate_one_is_any_inner_step(sampled: Any) -> None:
 
 
 def reference(method: str, start: Any, deltas: Any, lr: float, beta1: float, beta2: float, tau: float) -> list[Any]:
-    theta, m, v, found = start, 0 * start, 0 * start, []
+    theta, m, v, found = start, 0 * start, 0 * start + tau**2, []
     for delta in deltas:
         m = beta1 * m + (delta if method == "momentum" else (1 - beta1) * delta)
         if method == "adagrad":
@@ -98,11 +98,14 @@ def test_the_registered_defaults_are_those_of_the_reference(sampled: Any) -> Non
         assert make_step(name) == make_step({"name": name, "step": {"name": "fedavg"}})
 
 
-def test_yogi_with_a_decay_of_zero_remembers_the_last_square_and_adam_too(sampled: Any) -> None:
-    """With β2 = 0 adam's v is Δ², and so is yogi's as long as squares grow from 0."""
-    one = run(sampled, {"name": "fedadam", "decay": 0.0}, rounds=1)[0]
-    two = run(sampled, {"name": "fedyogi", "decay": 0.0}, rounds=1)[0]
-    np.testing.assert_array_equal(one, two)
+def test_with_a_decay_of_zero_adam_remembers_the_last_square_and_yogi_all_of_them(sampled: Any) -> None:
+    """With β2 = 0 adam's v is Δ²; yogi's is v + Δ² where that exceeds v, as adagrad's."""
+    options = {"decay": 0.0, "momentum": 0.0, "adaptivity": 1e-6}
+    models, deltas = run(sampled, {"name": "fedadam", "lr": 0.5, **options}, rounds=1)
+    np.testing.assert_allclose(models[1] - models[0], 0.5 * np.sign(deltas[0]), rtol=1e-2, atol=1e-3)
+    one = run(sampled, {"name": "fedyogi", "lr": 0.5, **options}, rounds=1)[0]
+    two = run(sampled, {"name": "fedadagrad", "lr": 0.5, "momentum": 0.0, "adaptivity": 1e-6}, rounds=1)[0]
+    np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
 
 
 def test_a_tensor_that_no_client_changed_keeps_moving_by_its_momentum() -> None:

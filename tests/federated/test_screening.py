@@ -58,6 +58,7 @@ def bad(anchor: Any, reply: Reply, tmp_path: Path) -> dict[str, list[Reply]]:
     return {
         "failed": [dataclasses.replace(reply, weights=None, error="battery"), sends(None)],
         "late": [dataclasses.replace(reply, round=0), dataclasses.replace(reply, round=2)],
+        "counts": [dataclasses.replace(reply, samples=0), dataclasses.replace(reply, steps=-1)],
         "unreadable": [sends(w) for w in (cut, garbage, str(tmp_path / "absent.safetensors"), {"a.bias": [1.0]}, 5)],
         "names": [without(reply, "a.bias"), sends({**reply.weights, "extra": nan}), sends({})],
         "shape": [
@@ -187,11 +188,16 @@ def test_gram_and_received_bytes(sampled: Any) -> None:
     assert found.received == 3 * size
 
 
-def test_half_precision_replies_to_a_full_precision_model_are_taken(sampled: Any) -> None:
+def test_replies_of_less_precision_than_the_model_are_left_out_and_of_more_are_taken(sampled: Any) -> None:
     anchor, replies = sampled(2)
-    half = {n: t.bfloat16() if t.is_floating_point() else t for n, t in replies[0].weights.items()}
-    found = screened(anchor, [dataclasses.replace(replies[0], weights=half), replies[1]])
-    assert not found.rejected
+
+    def cast(weights: Any, dtype: torch.dtype) -> Any:
+        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+
+    half = dataclasses.replace(replies[0], weights=cast(replies[0].weights, torch.bfloat16))
+    assert reasons(screened(anchor, [half, replies[1]])) == {"c0": "shape"}
+    double = dataclasses.replace(replies[0], weights=cast(replies[0].weights, torch.float64))
+    assert not screened(anchor, [double, replies[1]]).rejected
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,12 @@ def test_other_files_and_none_are_refused(weights: dict[str, Tensor], tmp_path: 
 
 def test_after_a_round_the_newest_norms_and_fingerprints_remain(state: ServerState) -> None:
     norms = [float(i) for i in range(HISTORY)]
-    later = state.after({"m": np.ones(1)}, {"b": "f2", "c": "f3"}, norms)
+    later = state.after({"m": np.ones(1)}, {"b": "f2", "c": "f3"}, norms, "resident")
+    assert later.backend == "resident"
     assert later.round == 4
     assert later.fingerprints == {"a": "f1", "b": "f2", "c": "f3"}
     assert later.norms == tuple(norms)
     assert list(later.memory) == ["m"]
-    assert later.after({}, {}, [0.5]).norms == (*norms[1:], 0.5)
+    assert later.after({}, {}, [0.5], "resident").norms == (*norms[1:], 0.5)
     assert state.round == 3
     assert state.norms == (0.1, 1e-300, 7.0)
