@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -218,7 +219,7 @@ def run_one(
     recipe: FederationRecipe, folder: Path, *, resume: bool, workers: int = 1, quiet: bool = False, updates: bool = True
 ) -> dict[str, Any]:
     """Run a federation into a folder; returns its header, records, status and message."""
-    from .console import counting, note, warn
+    from .console import counting, warn
     from .federating import FederationSetup, cache_folder
     from .protocol import to_yaml
 
@@ -239,8 +240,8 @@ def run_one(
         write_bytes(folder / RECIPE, to_yaml(recipe).encode())
 
     def tell(record: dict[str, Any]) -> None:
-        if not quiet:
-            note(line_of(record, recipe.rounds))
+        if not quiet:  # by sys.stderr, in whose place the progress line puts what prints above itself
+            print(line_of(record, recipe.rounds), file=sys.stderr, flush=True)
 
     try:
         with counting("", quiet=quiet) as progress:

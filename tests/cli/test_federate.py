@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,12 @@ TINY_ZOO = (
 def _updates(tmp_path, monkeypatch):
     """Updates of clients are kept in the test's own folder; so that the zoo is found, its cache stays."""
     monkeypatch.setattr(mergesolve.cli.federating, "cache_folder", lambda: tmp_path / "updates")
+
+
+@pytest.fixture
+def _cache(tmp_path, monkeypatch):
+    """For processes of their own."""
+    monkeypatch.setenv("MERGESOLVE_CACHE", str(tmp_path / "cache"))
 
 
 def data(tiny, name, **over):
@@ -92,6 +99,13 @@ def refused(result, *words, code=2):
 
 def records(folder):
     return [json.loads(line) for line in (Path(folder) / "rounds.jsonl").read_text().splitlines()][1:]
+
+
+def started(*arguments, stderr=subprocess.PIPE, **variables):
+    """The command in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGESOLVE_CACHE": str(Path("cache").resolve()), **variables}
+    command = [sys.executable, "-c", "from mergesolve.cli import main; main()", "federate", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=stderr, stdout=subprocess.PIPE, text=True)
 
 
 def assert_same_model(a, b):
@@ -165,6 +179,26 @@ def test_help_fits_a_terminal_and_every_example_is_taken(run):
         broken = run("federate", *example, "--rounds", 0)
         refused(broken)
         assert any(word in broken.stderr for word in ("'rounds' must be at least 1", "no such file", "federation.yaml"))
+
+
+@pytest.mark.usefixtures("_cache")
+def test_on_a_terminal_rounds_stand_on_lines_of_their_own(recipe):
+    file = recipe(rounds=2, training={"epochs": 20})
+    ours, theirs = os.openpty()
+    with started(file, "--run", "r", "--no-figures", stderr=theirs, TERM="xterm", COLUMNS="100") as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while piece := os.read(ours, 1 << 16):
+                shown += piece
+        except OSError:  # the end, on Linux
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    lines = [line for line in re.split(r"[\r\n]+", plain) if "step" in line]
+    assert [line[:19] for line in lines] == ["round 1/2: clients ", "round 2/2: clients "]
+    assert "━" in plain  # the progress line was there
 
 
 def test_steps_and_protocols_are_listed(run):
@@ -539,12 +573,6 @@ def test_lost_records_are_told(finished, run):
     assert "Warning: r/rounds.jsonl has no records of rounds 1, which were done." in result.stderr
 
 
-def started(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGESOLVE_CACHE": str(Path("cache").resolve())}
-    command = [sys.executable, "-c", "from mergesolve.cli import main; main()", "federate", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def stop(process, trace, rounds, how):
     """Send a signal once the trace has records of that many rounds; returns what the process told."""
     deadline = time.monotonic() + 120
@@ -576,12 +604,6 @@ def test_a_run_that_was_stopped_gives_the_model_of_an_uninterrupted_one(how, rec
 
 
 # The study
-
-
-@pytest.fixture
-def _cache(tmp_path, monkeypatch):
-    """For processes of their own."""
-    monkeypatch.setenv("MERGESOLVE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.usefixtures("_cache")
