@@ -253,8 +253,6 @@ def run_one(
                 workers=workers,
                 callback=tell,
                 progress=progress,
-                backend=recipe.backend,
-                device=recipe.device,
             )
     except Exception:
         if not resume:

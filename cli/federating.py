@@ -285,6 +285,8 @@ class FederationSetup:
             seed=recipe.seed,
             protocol=recipe.protocol,
             settings=settings,
+            backend=recipe.backend,
+            device=recipe.device,
         )
 
 

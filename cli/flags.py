@@ -108,7 +108,7 @@ def named_options(text: str, option: str) -> dict[str, Any]:
     """A name with options, `NAME[:KEY=VALUE,...]`, as a recipe has it; values are YAML."""
     name, _, rest = text.partition(":")
     fields: dict[str, Any] = {"name": name}
-    for pair in re.split(r",(?![^\[]*\])", rest) if rest else ():  # commas within [ ] belong to a list
+    for pair in re.split(r",(?![^\[{]*[\]}])", rest) if rest else ():  # commas in [ ] and { } belong to a value
         key, separator, value = pair.partition("=")
         if not separator or not key or not value:
             raise UsageProblem(f"{option} '{text}': expected NAME, or NAME:KEY=VALUE,KEY=VALUE.")

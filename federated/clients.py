@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -160,7 +161,7 @@ class TaskClient:
             "data": self._data,
             "model": self.model.describe(),
             "frozen": digest(self._frozen(weights)),
-            "anchor": digest(weights),
+            "anchor": digest(weights) if self.cache is None else self.cache.anchor(weights),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -195,11 +196,13 @@ class UpdateCache:
 
     Any number of processes may use the folder at once: a file appears whole or not at all. Entries that are damaged
     (each holds the sum of its tensors) are announced by a warning and count as absent; the next reply replaces them.
-    Nothing is ever removed; delete the folder to be rid of it.
+    limit: bytes that the folder may hold; entries that were not asked for the longest time go first.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], limit: float = 2e9) -> None:
         self.folder = Path(folder)
+        self.limit = limit
+        self._last: tuple[Weights, str] | None = None
         self.hits = 0
         """Replies that were found since this object was made."""
         self.misses = 0
@@ -219,6 +222,9 @@ class UpdateCache:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"the kept reply {path} is damaged ({error}); its client trains again", stacklevel=2)
             reply = None
+        else:
+            with suppress(OSError):
+                os.utime(path)
         self.hits += reply is not None
         self.misses += reply is None
         return reply
@@ -237,10 +243,31 @@ class UpdateCache:
         os.close(handle)
         try:
             save_file(tensors, partial, metadata=header)
+            self._make_room(Path(partial).stat().st_size)
             Path(partial).replace(self.path(key))
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
+
+    def _make_room(self, size: int) -> None:
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process may be making room, too
+                found = path.stat()
+                entries.append((found.st_mtime, found.st_size, path))
+        total = size + sum(entry[1] for entry in entries)
+        for _, held, path in sorted(entries):
+            if total <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= held
+
+    def anchor(self, weights: Weights) -> str:
+        """The digest of the weights of a round, computed once for all of its clients."""
+        last = self._last
+        if last is None or last[0] is not weights:
+            last = self._last = (weights, digest(weights))
+        return last[1]
 
 
 def _read(path: Path) -> Reply:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -59,7 +58,7 @@ class Federation:
 
     clients: with distinct names. start: θ_0, all tensors. step: the server's. data: what the server may look at.
     evaluate: weights -> accuracies, which only the record sees. protocol: what the setting is called; settings: what
-    else identifies it, as JSON.
+    else identifies it, as JSON. backend, device: of the server's pools.
     """
 
     clients: Sequence[Client]
@@ -71,6 +70,8 @@ class Federation:
     seed: int = 0
     protocol: str = "custom"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         names = [client.name for client in self.clients]
@@ -119,8 +120,6 @@ def federate(
     workers: int = 1,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    backend: str = "auto",
-    device: str = "cpu",
 ) -> History:
     """Run so many rounds.
 
@@ -151,8 +150,8 @@ def federate(
                         data=federation.data,
                         screening=federation.screening,
                         seed=federation.seed,
-                        backend=backend,
-                        device=device,
+                        backend=federation.backend,
+                        device=federation.device,
                         progress=None if progress is None else lambda done, total: progress("merging", done, total),
                     )
                     record["attempt"] = attempt
@@ -226,7 +225,7 @@ class Run:
             weights = {name: weights[name].to(tensor.device) for name, tensor in start.items()}
             state = replace(state, origin={name: state.origin[name].to(t.device) for name, t in start.items()})
             self.header, kept = read_rounds(folder / ROUNDS)
-            self.records = [record for record in kept if record["round"] <= state.round]
+            self.records = [record for record in kept if record["round"] <= state.round or record["repeat"]]
         if not self.header:
             found = {}
             if self.federation.evaluate is not None:
@@ -288,12 +287,10 @@ def read_rounds(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found: list[dict[str, Any]] = []
     for line in lines:
         try:
-            found.append(json.loads(line.decode()))
+            content = json.loads(line.decode())
         except ValueError:
             break
+        if not isinstance(content, dict):
+            break
+        found.append(content)
     return (found[0], found[1:]) if found else ({}, [])
-
-
-def same(a: Weights, b: Weights) -> bool:
-    """Tell whether two models are equal bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -40,9 +40,13 @@ class Preparation:
             make_transform(transform)
 
     def __call__(self, pool: Pool, round: Round) -> Pool:
-        """Return the pool that is merged."""
+        """Return the pool that is merged; the round's ledger says what choosing took."""
         if self.select is not None:
-            pool = pool.subset(make_selector(self.select).select(evidence(pool, round.data)).names)
+            seen: set[str] = set()
+            pool = pool.subset(make_selector(self.select).select(evidence(pool, round.data, seen)).names)
+            for name in seen:
+                task = round.data.tasks[name]
+                round.ledger["unlabelled" if task.labels is None else "labelled"] += len(task)
         for transform in self.transforms:
             pool = pool.transform(reseeded(make_transform(transform), round))
         return pool
@@ -57,18 +61,27 @@ class Preparation:
         return found
 
 
-def evidence(pool: Pool, data: ServerData) -> Evidence:
-    """Return what the server can measure of the clients' models."""
+def evidence(pool: Pool, data: ServerData, seen: set[str]) -> Evidence:
+    """Return what the server can measure of the clients' models; `seen` collects the clients whose samples it took."""
     from ..objectives import evaluate, features
 
-    model, tasks = data.model, list(data.tasks.values())
-    if model is None or not tasks:
-        return Evidence(pool)
-    labelled = [task for task in tasks if task.labels is not None]
+    model = data.model
+    labelled = {name: task for name, task in data.tasks.items() if task.labels is not None}
+
+    def accuracy(weights: Weights) -> dict[str, float]:
+        assert model is not None
+        seen.update(labelled)
+        return evaluate(model, dict(weights), list(labelled.values()))
+
+    def represent(weights: Weights) -> np.ndarray[Any, Any]:
+        assert model is not None
+        seen.update(data.tasks)
+        return np.concatenate([features(model, dict(weights), task).numpy() for task in data.tasks.values()])
+
     return Evidence(
         pool,
-        accuracy=(lambda weights: evaluate(model, weights, labelled)) if labelled else None,  # type: ignore[arg-type]
-        features=lambda weights: np.concatenate([features(model, weights, task) for task in tasks]),  # type: ignore[operator]
+        accuracy=accuracy if model is not None and labelled else None,
+        features=represent if model is not None and data.tasks else None,
     )
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def merge_round(
     screening = screening or Screening()
     data = data or ServerData()
     number = state.round + 1
-    watch = Watch()
+    watch, began = Watch(), time.perf_counter()
     memory.reset_peak()
     with watch.timed("screen"):
         screened = screen(
@@ -63,7 +64,12 @@ def merge_round(
         "rejected": [rejection.describe() for rejection in screened.rejected],
     }
     if record["repeat"] or screened.pool is None:
-        return dict(anchor), state, {**record, "repeat": True, "seconds": _seconds(watch, replies)}
+        traffic = _traffic(anchor, replies, screened.received, Proposal({}))
+        return (
+            dict(anchor),
+            state,
+            {**record, "repeat": True, "bytes": traffic, "seconds": _seconds(watch, began, replies)},
+        )
 
     if backend == "auto":  # by what is free in the first round; later ones must not round differently
         backend = state.backend or pool_of(anchor, screened.accepted, "auto", device).backend
@@ -95,8 +101,9 @@ def merge_round(
         "distance": distance(weights, state.origin),
         "coefficients": None if proposal.coefficients is None else dict(proposal.coefficients),
         "method": dict(proposal.details),
-        "data": dict(proposal.data_used),
-        "seconds": _seconds(watch, replies),
+        "data": {**proposal.data_used, **{k: proposal.data_used.get(k, 0) + n for k, n in round_.ledger.items()}},
+        "metrics": {reply.client: dict(reply.metrics) for reply in screened.accepted},
+        "seconds": _seconds(watch, began, replies),
         "bytes": _traffic(anchor, replies, screened.received, proposal),
         "peak_memory": memory.peak(),
     }
@@ -135,5 +142,7 @@ def _traffic(anchor: Weights, replies: Sequence[Reply], received: int, proposal:
     return {"down": size * len(replies) + proposal.bytes_down, "up": up}
 
 
-def _seconds(watch: Watch, replies: Sequence[Reply]) -> dict[str, float]:
-    return {**watch.seconds, "server": sum(watch.seconds.values()), "clients": sum(r.seconds for r in replies)}
+def _seconds(watch: Watch, began: float, replies: Sequence[Reply]) -> dict[str, float]:
+    """By part; "server" is the whole round at the server, "clients" the sum of what they say that they took."""
+    spent = time.perf_counter() - began
+    return {**watch.seconds, "server": spent, "clients": sum(reply.seconds for reply in replies)}

@@ -72,7 +72,7 @@ class Retention:
         """Raise FederationError if the server lacks what it takes."""
         if self.by == "reference" and (data.model is None or data.reference is None):
             raise FederationError(
-                "retention by reference inputs needs some at the server, and there are none. Give them (reference), "
+                "retention by reference inputs needs some at the server, and there are none. Give them (--reference), "
                 "or retain by 'euclidean' or 'fisher', which take no inputs."
             )
         if self.by == "fisher" and data.fisher is None:
@@ -147,7 +147,7 @@ class SolveStep(ServerStep):
             what = "labelled samples" if kind == LABELLED else "inputs"
             raise FederationError(
                 f"the server step {self.name!r} minimizes {self.objective['name']}, which needs {what} at the server, "
-                "and there are none. Give some (server images), or choose a step without data, such as 'fedavg', "
+                "and there are none. Give some (--server-images), or choose a step without data, such as 'fedavg', "
                 "'ties', 'quadratic', or the objective 'proximity'."
             )
         unlabelled = [name for name, task in data.tasks.items() if task.labels is None]
@@ -194,6 +194,8 @@ class SolveStep(ServerStep):
             pool = self.prepare(round.models(origin=self.origin, backend=round.backend), round)
         seed = round.draw
         objective = self.loss(round, pool, seed)
+        if self.retention is not None and self.retention.by == "fisher":
+            round.ledger["unlabelled"] += round.data.fisher_samples
         if self.retention is not None and self.retention.weight is not None:
             from ..objectives import WeightedSum
 

@@ -63,9 +63,10 @@ class ServerState:
         found = content["identity"]
         different = sorted(key for key in {**expected, **found} if expected.get(key) != found.get(key))
         if different:
-            was, now = (dumps(side.get(different[0]))[:80] for side in (found, expected))
+            where, *sides = _difference(different[0], found.get(different[0]), expected.get(different[0]))
+            was, now = (dumps(side)[:80] for side in sides)
             raise FederationError(
-                f"{path} belongs to another federation: {', '.join(different)} differ ({different[0]} was {was} and is "
+                f"{path} belongs to another federation: {', '.join(different)} differ ({where} was {was} and is "
                 f"{now}). Resume with what it was begun with, or choose another folder."
             )
         weights = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
@@ -85,6 +86,14 @@ class ServerState:
             norms=(*self.norms, *norms)[-HISTORY:],
             backend=backend,
         )
+
+
+def _difference(where: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """Return the first place, named by its path, in which two JSON values differ, and what is there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        key = next(key for key in {**one, **other} if one.get(key) != other.get(key))
+        return _difference(f"{where}.{key}", one.get(key), other.get(key))
+    return where, one, other
 
 
 def stored(weights: Weights) -> dict[str, torch.Tensor]:

@@ -32,13 +32,15 @@ class ServerData:
     """What the server may look at: never the clients' data, never the test sets.
 
     model: logits as a function of weights. tasks: few samples for each client, by its name. reference: inputs like
-    those of pre-training, whose labels nobody needs. fisher: diagonal Fisher information at θ_0, by tensor.
+    those of pre-training, whose labels nobody needs. fisher: diagonal Fisher information at θ_0, by tensor, of so many
+    reference inputs: fisher_samples.
     """
 
     model: Model | None = None
     tasks: Mapping[str, Task] = field(default_factory=dict)
     reference: Task | None = None
     fisher: Weights | None = None
+    fisher_samples: int = 0
 
 
 class Watch:
@@ -67,7 +69,8 @@ class Round:
 
     number: from 1. pool: base θ_t, experts the clients, in the order of `replies`. gram: inner products of the updates
     [n, n]. anchor: θ_t. origin: θ_0. memory: what the step left last time. progress: called as (done, in all).
-    backend: of pools that are read again and again; `pool` itself streams.
+    backend: of pools that are read again and again; `pool` itself streams. ledger: samples of the server that were
+    taken besides those of the step's own objective.
     """
 
     number: int
@@ -82,6 +85,7 @@ class Round:
     watch: Watch = field(default_factory=Watch)
     progress: Callable[[int, int], None] | None = None
     backend: str = "streaming"
+    ledger: dict[str, int] = field(default_factory=lambda: {"labelled": 0, "unlabelled": 0})
 
     def models(self, *, origin: bool, backend: str = "streaming") -> Pool:
         """Return a pool of the clients' models, and of θ_0 as one more expert if `origin`."""

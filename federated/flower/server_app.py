@@ -57,6 +57,8 @@ def serve(federation: Federation, grid: Grid, settings: Settings) -> History:
                 data=federation.data,
                 screening=federation.screening,
                 seed=federation.seed,
+                backend=federation.backend,
+                device=federation.device,
             ),
             state,
             [client.name for client in federation.clients],

@@ -73,7 +73,7 @@ def test_unknown_command_names_the_nearest_and_the_valid_ones(run):
     assert result.exit_code == 2
     assert result.stderr == (
         "Error: unknown command 'slove'. Did you mean 'solve'? "
-        "Valid: demo, zoo, pool, select, solve, merge, evaluate, stats, materialize, plot, list.\n"
+        "Valid: demo, zoo, pool, select, solve, merge, federate, evaluate, stats, materialize, plot, list.\n"
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -296,3 +297,20 @@ def test_a_client_whose_head_is_unknown_is_refused(clip_federation: Any) -> None
     task = Task.from_arrays("new", np.zeros((2, 3, 16, 16), dtype=np.uint8), [0, 1], ("a", "b"))
     with pytest.raises(DataError, match="task 'new' has no head"):
         TaskClient("a", clip_federation.model, task)
+
+
+def test_the_cache_forgets_what_was_not_asked_for_the_longest_time(federation: Any, tmp_path: Path) -> None:
+    cache = UpdateCache(tmp_path)
+    (client, *_) = federation.clients(Training(epochs=1, lr=1e-2), cache=cache)
+    client.fit(federation.anchor, 1)
+    (first,) = tmp_path.glob("*.safetensors")
+    cache.limit = 2.5 * first.stat().st_size
+    client.fit(federation.anchor, 2)
+    (second,) = {*tmp_path.glob("*.safetensors")} - {first}
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    client.fit(federation.anchor, 1)  # asked for again: now the second is the oldest
+    client.fit(federation.anchor, 3)
+    assert first.exists()
+    assert not second.exists()
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) <= cache.limit

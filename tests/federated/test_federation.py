@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mergesolve.federated import FAULTS, Faulty, FederationError, Membership, Reply, UpdateCache
-from mergesolve.federated.federation import Accuracy, Federation, federate, read_rounds, same
+from mergesolve.federated.federation import Accuracy, Federation, federate, read_rounds
 from mergesolve.federated.registry import make_step
 from mergesolve.federated.screening import REASONS, Screening
 from mergesolve.objectives import evaluate as scores
@@ -28,6 +28,10 @@ MOMENTUM = {"name": "optimizer", "step": BOUNDED}
 STEPS = ["fedavg", "fedadam", "by-phase", SOLVING, BOUNDED, MOMENTUM]
 ids = [spec if isinstance(spec, str) else spec["name"] for spec in STEPS]  # type: ignore[index]
 LABELS = ("seconds", "peak_memory")
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Drifting:

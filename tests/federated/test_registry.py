@@ -52,6 +52,7 @@ RECORD = {
     "data",
     "seconds",
     "bytes",
+    "metrics",
     "peak_memory",
 }
 

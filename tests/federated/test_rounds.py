@@ -157,7 +157,7 @@ def test_the_record_measures_the_round(sampled: Any) -> None:
     seconds = record["seconds"]
     assert seconds["clients"] == 1.5
     parts = {key: value for key, value in seconds.items() if key not in ("clients", "server")}
-    assert seconds["server"] == pytest.approx(sum(parts.values()))
+    assert seconds["server"] >= sum(parts.values())
     assert state.norms == tuple(record["norms"].values())
     assert set(state.fingerprints) == {"c0", "c1", "c2", SENT}
 
