@@ -143,7 +143,7 @@ class FederationSetup:
                 "none would be left to train on. Give fewer (--server-images), or 0."
             )
         numbered = replace(whole, inputs=np.arange(len(whole)))
-        kept = numbered.subset(images, seed=self.recipe.seed).batch(np.arange(images))
+        kept = np.asarray(numbered.subset(images, seed=self.recipe.seed).batch(np.arange(images)))
         return whole.take(np.setdiff1d(np.arange(len(whole)), kept)), whole.take(kept)
 
     def _shares(self) -> tuple[tuple[str, Task, Task | None, Task | None], ...]:

@@ -222,7 +222,7 @@ def make_step(spec: object) -> ServerStep:
     if isinstance(name, str) and name in MERGES:
         from .merging import MergeStep, Preparation
 
-        given = {key: options.pop(key) for key in PREPARED if key in options}
+        given: dict[str, Any] = {key: options.pop(key) for key in PREPARED if key in options}
         prepare = Preparation(**given)
         origin = bool(options.pop("origin", False))
         return MergeStep(make_merge({"name": name, **options}), prepare, origin)

@@ -16,6 +16,7 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from ..pools import KINDS, Pool
 from ..solvers import Problem, Result, Solver, make_domain, make_solver, solve, start_point
@@ -87,7 +88,8 @@ class Retention:
 
         data, origin = round.data, _floats(round.origin)
         if self.by != "reference":
-            return Proximity(origin, data.fisher if self.by == "fisher" else None, device=round.pool.device)
+            metric = None if self.by == "euclidean" or data.fisher is None else dict(data.fisher)
+            return Proximity(origin, metric, device=round.pool.device)
         assert data.model is not None
         assert data.reference is not None
         task = data.reference.without_labels()
@@ -347,7 +349,7 @@ def _teacher(round: Round, client: str | None) -> Any:
     return lambda: expert_weights(pool, client)
 
 
-def _floats(weights: Weights) -> Weights:
+def _floats(weights: Weights) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in weights.items() if tensor.is_floating_point()}
 
 
