@@ -21,6 +21,7 @@ from .recipe import Choice, ModelPart, TaskPart, merge, plain
 from .schema import parse
 
 NINE = ("digits", "greek", "chess", "shapes", "textures", "counts", "clocks", "relations", "flags")
+OTHERS = ("numerals", "uppercase", "symbols", "pictograms", "polygons", "arrows", "positions", "colours", "gaps")
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,10 @@ PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "continual-clip": (
         "9 clients of the zoo, one task each, 10 rounds; reference: what pre-training showed.",
         CONTINUAL_CLIP,
+    ),
+    "continual-clip-others": (
+        "The same with 9 other clients, on which the settings of the study were chosen.",
+        {**CONTINUAL_CLIP, "protocol": "continual-clip-others", "clients": list(OTHERS)},
     ),
     "label-skew": (
         "One task of the zoo shared out among 8 clients by Dir(0.3), 10 rounds.",

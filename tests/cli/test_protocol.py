@@ -10,6 +10,7 @@ from mergesolve.cli.names import UsageProblem
 from mergesolve.cli.protocol import (
     CONTINUAL_CLIP,
     NINE,
+    OTHERS,
     PROTOCOLS,
     FederationRecipe,
     federation_recipe,
@@ -17,7 +18,7 @@ from mergesolve.cli.protocol import (
     to_yaml,
 )
 from mergesolve.cli.recipe import read_yaml
-from mergesolve.cli.study import OTHERS, steps_of_study
+from mergesolve.cli.study import steps_of_study
 from mergesolve.federated import make_step
 
 PAPER = Path(__file__).parents[2] / "docs" / "examples" / "federated_clip.yaml"
