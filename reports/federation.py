@@ -212,13 +212,16 @@ def _draw_curve(axes: Axes, rounds: Array, values: Array, look: Look, name: str)
 
 @_saved
 def accuracy(study: Study) -> Figure:
-    """Client mean and reference over the rounds, one line a step, band over seeds; dotted: before the first round."""
-    found = looks(study)
+    """Client mean and reference over the rounds, one line a step, band over seeds; dotted: before the first round.
+
+    Of a sweep only what ran with most seeds is drawn; it has a figure of its own.
+    """
+    found = {step: look for step, look in looks(study).items() if step not in _swept(study)}
     panels = [("mean", "client mean (%)"), ("reference", "reference (%)")]
     panels = [panel for panel in panels if any(np.isfinite(study.series(s, panel[0])[1]).any() for s in study.steps)]
     if not panels:
         raise RunError(f"study '{study.name}': no round has an accuracy yet. Wait for the first evaluation.")
-    height = max(3.4, 0.9 + ROW * (len(study.steps) + 1))
+    height = max(3.4, 0.9 + ROW * (len(found) + 1))
     last = max(run.planned for runs in study.runs.values() for run in runs)
     figure = _canvas(5.4 * len(panels), height)
     for axes, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -239,17 +242,20 @@ def frontier(study: Study) -> Figure:
     """Client mean against reference accuracy after the last round, mean over seeds with bars from least to largest.
 
     Shaded: what a step with a fixed scale dominates. Inside the dashed corner, all of those are dominated. A curve
-    joins the steps of one method with different bounds ε (or weights μ of a penalty).
+    joins the steps of one method with different bounds ε (or weights μ of a penalty). Fixed scales that end far below
+    everything else are named under the picture instead, or nothing else could be told apart.
     """
     found = looks(study)
     points: dict[str, tuple[float, float]] = {}
+    start = (known_mean(study.start("reference")), known_mean(study.start("mean")))
+    outside = _far_below(study, start)
     strokes: list[Array] = []  # lines that names should not cross
     figure = _canvas(7.4, 5.4)
     axes = figure.subplots()
     for step, look in found.items():
         x, y = study.last(step, "reference"), study.last(step, "mean")
         known = np.isfinite(x) & np.isfinite(y)
-        if not known.any():
+        if not known.any() or step in outside:
             continue
         x, y = x[known], y[known]
         points[step] = (float(x.mean()), float(y.mean()))
@@ -266,7 +272,6 @@ def frontier(study: Study) -> Figure:
             f"study '{study.name}': no run has an accuracy on a reference set, so there is no frontier. "
             "Run it with a reference set."
         )
-    start = (known_mean(study.start("reference")), known_mean(study.start("mean")))
     names: list[_Name] = []
     label_of: dict[str, str] = {}
     curves = _retained(study)
@@ -295,8 +300,30 @@ def frontier(study: Study) -> Figure:
     axes.set_axisbelow(True)
     axes.set_xlabel("reference accuracy (%)")
     axes.set_ylabel("client mean (%)")
+    if outside:
+        told = "   ".join(f"{step} ({x:.0f}, {y:.0f})" for step, (x, y) in outside.items())
+        figure.supxlabel(f"far below: {told}", fontsize=7.5, color=INK, x=0.01, ha="left")
     _place(figure, axes, names, strokes)
     return figure
+
+
+def _swept(study: Study) -> set[str]:
+    """Steps of a sweep that ran with fewer seeds than another one of it."""
+    seeds = {step: len(study.runs[step]) for step in study.steps}
+    most = {step: max(seeds[s] for s in found.steps) for found in study.sweeps() for step in found.steps}
+    return {step for step, count in most.items() if seeds[step] < count}
+
+
+def _far_below(study: Study, start: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    """Steps with a fixed scale that end further below the others' range than that range is wide (at least 5 points)."""
+    ends = {s: (known_mean(study.last(s, "reference")), known_mean(study.last(s, "mean"))) for s in study.steps}
+    others = np.asarray([start, *(end for step, end in ends.items() if not study.fixed(step))])
+    others = others[np.isfinite(others).all(axis=1)]
+    if len(others) < 2:
+        return {}
+    low = others.min(axis=0)
+    lowest = low - np.maximum(others.max(axis=0) - low, 5.0)
+    return {s: end for s, end in ends.items() if study.fixed(s) and bool((np.asarray(end) < lowest).any())}
 
 
 def _leaf(option: str) -> str:

@@ -107,7 +107,8 @@ class Standing:
     """How a step stands against the steps with a fixed scale, over the seeds that both have finished.
 
     mean_margin and reference_margin: smallest lead in points over any of them in any seed (negative: behind).
-    beaten: those that it dominates in every seed (no worse on both axes, better on one).
+    beaten: those that it dominates in every seed (no worse on both axes, better on one). seeds, most_seeds: fewest and
+    most of them that it shares with one of the others.
     """
 
     step: str
@@ -116,6 +117,7 @@ class Standing:
     beaten: tuple[str, ...]
     mean_margin: float
     reference_margin: float
+    most_seeds: int = 0
 
     @property
     def dominates(self) -> bool:
@@ -143,8 +145,9 @@ def dominance(study: Study) -> list[Standing]:
         }
         beaten = tuple(o for o, lead in leads.items() if bool(((lead >= 0).all(axis=1) & (lead > 0).any(axis=1)).all()))
         worst = np.concatenate(list(leads.values())).min(axis=0) if leads else np.full(2, np.nan)
-        seeds = min((len(lead) for lead in leads.values()), default=0)
-        found.append(Standing(step, seeds, tuple(leads), beaten, float(worst[0]), float(worst[1])))
+        shared = [len(lead) for lead in leads.values()] or [0]
+        margins = float(worst[0]), float(worst[1])
+        found.append(Standing(step, min(shared), tuple(leads), beaten, *margins, max(shared)))
     return found
 
 
@@ -155,7 +158,7 @@ def dominance_table(study: Study) -> Grid:
         others = [name for name in standing.opponents if name not in standing.beaten]
         verdict = DASH if not standing.opponents else "yes" if standing.dominates else "no"
         rows.append((
-            standing.step, verdict, f"{len(standing.beaten)} of {len(standing.opponents)}", str(standing.seeds),
+            standing.step, verdict, f"{len(standing.beaten)} of {len(standing.opponents)}", _range(standing),
             _signed(standing.mean_margin), _signed(standing.reference_margin), ", ".join(others) or DASH,
         ))  # fmt: skip
     header = (
@@ -169,6 +172,11 @@ def dominance_table(study: Study) -> Grid:
     )
     best = frozenset((i, 1) for i, row in enumerate(rows) if row[1] == "yes")
     return Grid(header, tuple(rows), "against every step with a fixed scale, in every seed", frozenset({0, 6}), best)
+
+
+def _range(standing: Standing) -> str:
+    few, most = standing.seeds, standing.most_seeds
+    return str(few) if few == most else f"{few} to {most}"
 
 
 def _ranked(
