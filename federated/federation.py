@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from ..pools import model_fingerprint
 from ..pools.checkpoint import MemoryCheckpoint
@@ -87,6 +89,27 @@ class Federation:
             )
         self.step.check(self.data)
 
+    def merge(
+        self,
+        weights: Weights,
+        replies: Sequence[Reply],
+        state: ServerState,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[dict[str, Tensor], ServerState, dict[str, Any]]:
+        """Return `merge_round` of these replies with the federation's step, data and settings."""
+        return merge_round(
+            weights,
+            replies,
+            state,
+            self.step,
+            data=self.data,
+            screening=self.screening,
+            seed=self.seed,
+            backend=self.backend,
+            device=self.device,
+            progress=progress,
+        )
+
     def identity(self) -> dict[str, Any]:
         """Return what a resumed run must agree with."""
         return {
@@ -142,18 +165,8 @@ def federate(
             while state.round < rounds:
                 for attempt in range(1, federation.screening.attempts + 1):
                     replies = _train(federation, weights, state.round + 1, workers, progress)
-                    merged, after, record = merge_round(
-                        weights,
-                        replies,
-                        state,
-                        federation.step,
-                        data=federation.data,
-                        screening=federation.screening,
-                        seed=federation.seed,
-                        backend=federation.backend,
-                        device=federation.device,
-                        progress=None if progress is None else lambda done, total: progress("merging", done, total),
-                    )
+                    tell = None if progress is None else partial(progress, "merging")
+                    merged, after, record = federation.merge(weights, replies, state, tell)
                     record["attempt"] = attempt
                     if not record["repeat"]:
                         break
@@ -167,15 +180,7 @@ def federate(
                         f"{attempt} attempts, and needs {federation.screening.minimum} ({reasons})."
                     )
                     return run.close(weights, state, STOPPED, message)
-                began = time.perf_counter()
-                if federation.evaluate is not None:
-                    record |= federation.evaluate(merged).describe()
-                record["seconds"]["evaluate"] = time.perf_counter() - began
-                began = time.perf_counter()
-                run.stage(after, merged)
-                record["seconds"]["write"] = time.perf_counter() - began
-                run.write(record)
-                run.commit()
+                run.finish(merged, after, record)
                 state, weights = after, merged
                 if callback is not None:
                     callback(record)
@@ -260,13 +265,21 @@ class Run:
             self._stream.write(dumps(record) + "\n")
             self._stream.flush()
 
-    def stage(self, state: ServerState, weights: Weights) -> None:
-        """Write the state of the round that is done, under another name: the record goes first."""
+    def finish(self, weights: Weights, state: ServerState, record: dict[str, Any]) -> None:
+        """Measure a round that was merged, and write its record and the state.
+
+        The state is written under another name and takes its place after the record: a kill in between repeats the
+        round, and drops its record.
+        """
+        began = time.perf_counter()
+        if self.federation.evaluate is not None:
+            record |= self.federation.evaluate(weights).describe()
+        record["seconds"]["evaluate"] = time.perf_counter() - began
+        began = time.perf_counter()
         if self.folder is not None:
             state.save(self.folder / STAGED, weights, self.identity)
-
-    def commit(self) -> None:
-        """Let the staged state take its place. A kill before this repeats the round, and drops its record."""
+        record["seconds"]["write"] = time.perf_counter() - began
+        self.write(record)
         if self.folder is not None:
             (self.folder / STAGED).replace(self.folder / STATE)
 

@@ -8,7 +8,6 @@ and `model.safetensors` at the end. `flwr run` with a folder that holds a federa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -25,7 +24,6 @@ from ..faults import roster
 from ..federation import FINISHED, STOPPED, Federation, History, Run
 from ..oracle_step import FederatedFrankWolfe
 from ..replies import Weights
-from ..rounds import merge_round
 from ..state import ServerState
 from ..training import attention
 from .arrays import from_arrays, to_arrays
@@ -51,18 +49,10 @@ def serve(federation: Federation, grid: Grid, settings: Settings) -> History:
         state, loaded = run.open(stack, True, settings.rounds)
         weights: Weights = {name: loaded[name] for name in federation.start}
         strategy = MergeStrategy(
-            partial(
-                merge_round,
-                step=federation.step,
-                data=federation.data,
-                screening=federation.screening,
-                seed=federation.seed,
-                backend=federation.backend,
-                device=federation.device,
-            ),
+            federation.merge,
             state,
             [client.name for client in federation.clients],
-            after=partial(_finish, federation, run),
+            after=partial(_finish, run),
             present=lambda number: [client.name for client in roster(federation.clients, number)],
             sampled=settings.sampled or None,
             seed=federation.seed,
@@ -78,21 +68,13 @@ def serve(federation: Federation, grid: Grid, settings: Settings) -> History:
         return run.close(from_arrays(result.arrays), strategy.state, FINISHED)
 
 
-def _finish(federation: Federation, run: Run, weights: Weights, state: ServerState, record: Record) -> None:
+def _finish(run: Run, weights: Weights, state: ServerState, record: Record) -> None:
     """Measure and write a round as the loop in one process does."""
     line: dict[str, Any] = {**record, "seconds": dict(record["seconds"])}
     if line["repeat"]:
         run.write(line)
         return
-    began = time.perf_counter()
-    if federation.evaluate is not None:
-        line |= federation.evaluate(weights).describe()
-    line["seconds"]["evaluate"] = time.perf_counter() - began
-    began = time.perf_counter()
-    run.stage(state, weights)
-    line["seconds"]["write"] = time.perf_counter() - began
-    run.write(line)
-    run.commit()
+    run.finish(weights, state, line)
     log(INFO, "%s", row(line))
 
 
