@@ -12,6 +12,8 @@ import torch
 import yaml
 from mergesolve.cli.demo import LABELS, METHODS, spread
 from mergesolve.cli.listing import KINDS
+from mergesolve.cli.protocol import PROTOCOLS
+from mergesolve.federated.registry import STEPS
 from mergesolve.objectives.registry import OBJECTIVES
 from mergesolve.pools.transforms import TRANSFORMS
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
@@ -161,6 +163,8 @@ def test_list_names_every_entry_of_every_registry_once(run):
         "methods": list(MERGES),
         "transforms": list(TRANSFORMS),
         "selectors": list(SELECTORS),
+        "steps": list(STEPS),
+        "protocols": list(PROTOCOLS),
     }
 
 
