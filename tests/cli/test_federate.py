@@ -104,7 +104,10 @@ def records(folder):
 def started(*arguments, stderr=subprocess.PIPE, **variables):
     """The command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGESOLVE_CACHE": str(Path("cache").resolve()), **variables}
-    command = [sys.executable, "-c", "from mergesolve.cli import main; main()", "federate", *map(str, arguments)]
+    # A job in the background of a shell is started with Ctrl-C switched off, and hands that on.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{listening}; from mergesolve.cli import main; main()"
+    command = [sys.executable, "-c", program, "federate", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=stderr, stdout=subprocess.PIPE, text=True)
 
 
