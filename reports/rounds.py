@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .run import RunError
+from .run import RunError, check_schema, read_lines, read_object
 
 Array = NDArray[np.float64]
 
@@ -232,7 +232,7 @@ def read_federated_run(folder: str | Path, *, step: str | None = None, seed: int
             f"run '{folder}': holds no rounds.jsonl, so it is not a federated run (or it died before its start). "
             "Give a folder that `mergesolve federate` wrote."
         )
-    lines = _lines(path)
+    lines = read_lines(path)
     if not lines:
         raise RunError(f"{path}: is empty, the run died before its start. Start it again.")
     header = lines[0][1]
@@ -265,7 +265,7 @@ def read_study(folder: str | Path) -> Study:
     if (folder / "rounds.jsonl").is_file():
         run = read_federated_run(folder)
         return Study(folder.resolve().name, {run.step: (run,)}, folder=folder)
-    plan = _read_plan(folder / "study.json")
+    plan = read_object(folder / "study.json") or {}
     steps = [str(entry.get("label", entry.get("name"))) if isinstance(entry, Mapping) else str(entry)
              for entry in plan.get("steps") or ()]  # fmt: skip
     found = {path.parent.parent.name for path in folder.glob("*/seed-*/rounds.jsonl")}
@@ -298,42 +298,8 @@ def _seed(path: Path) -> int:
     return int(text)
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}). The file was damaged after it was written.") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Objects of the lines with their numbers, without a last line that does not end."""
-    parsed: list[tuple[int, dict[str, Any]]] = []
-    lines = path.read_text(errors="replace").split("\n")
-    for line, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-            if not isinstance(value, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if line == len(lines):
-                break
-            raise RunError(f"{path}, line {line}: cannot be read ({error}). The trace was damaged.") from None
-        parsed.append((line, value))
-    return parsed
-
-
 def _check_header(path: Path, header: Mapping[str, Any]) -> None:
-    if "schema" not in header:
-        raise RunError(f"{path}: its first line is not a header with 'schema'. Not a trace of mergesolve.")
-    if header["schema"] != 1:
-        raise RunError(f"{path}: schema {header['schema']}, this version reads 1. Update mergesolve.")
+    check_schema(path, header)
     for key, kind, word in (("clients", list, "a list"), ("tasks", list, "a list"), ("step", dict, "an object")):
         if not isinstance(header.get(key), kind):
             raise RunError(

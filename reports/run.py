@@ -8,7 +8,7 @@ The trace is one JSON line an iteration after a header line; record k describes 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def read_run(folder: str | Path, *, name: str | None = None) -> Run:
     if not folder.is_dir():
         raise RunError(f"run '{folder}': there is no such folder. Give a folder that `mergesolve solve --run` wrote.")
     header, records = _read_trace(folder / "trace.jsonl")
-    result = _read_json(folder / "result.json")
+    result = read_object(folder / "result.json")
     if result is None and not header:
         raise RunError(
             f"run '{folder}': holds neither result.json nor trace.jsonl, so it is not a run (or it died before its "
@@ -154,7 +154,8 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     return [read_run(run.folder, name="/".join(run.folder.resolve().parts[-2:])) for run in runs if run.folder]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file."""
     if not path.exists():
         return None
     try:
@@ -166,13 +167,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read_trace(path: Path) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-    if not path.exists():
-        return {}, ()
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Objects of the lines of a trace with their numbers, without a last line that does not end."""
+    parsed: list[tuple[int, dict[str, Any]]] = []
     lines = path.read_text(errors="replace").split("\n")
-    complete, rest = lines[:-1], lines[-1]
-    parsed: list[dict[str, Any]] = []
-    for number, line in enumerate([*complete, rest], start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -180,16 +179,28 @@ def _read_trace(path: Path) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]
             if not isinstance(value, dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            if number == len(complete) + 1:  # the run was killed while it wrote this line
+            if number == len(lines):  # the run was killed while it wrote this line
                 break
             raise RunError(f"{path}, line {number}: cannot be read ({error}). The trace was damaged.") from None
-        parsed.append(value)
+        parsed.append((number, value))
+    return parsed
+
+
+def check_schema(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise RunError unless this is the header of a trace that this version reads."""
+    if "schema" not in header:
+        raise RunError(f"{path}: its first line is not a header with 'schema'. Not a trace of mergesolve.")
+    if header["schema"] != 1:
+        raise RunError(f"{path}: schema {header['schema']}, this version reads 1. Update mergesolve.")
+
+
+def _read_trace(path: Path) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+    if not path.exists():
+        return {}, ()
+    parsed = [value for _, value in read_lines(path)]
     if not parsed:
         return {}, ()
-    if "schema" not in parsed[0]:
-        raise RunError(f"{path}: its first line is not a header with 'schema'. Not a trace of mergesolve.")
-    if parsed[0]["schema"] != 1:
-        raise RunError(f"{path}: schema {parsed[0]['schema']}, this version reads 1. Update mergesolve.")
+    check_schema(path, parsed[0])
     # A resumed run writes the records after its checkpoint again: the last record of an iteration counts.
     latest = {record.get("iteration", k): record for k, record in enumerate(parsed[1:])}
     return parsed[0], tuple(latest[k] for k in sorted(latest))
