@@ -42,6 +42,14 @@ class Domain:
         """Return argmin ⟨V, scores⟩ over the domain [rows, n]: the hard linear minimization oracle."""
         raise NotImplementedError
 
+    def atom(self, scores: Array) -> Array:
+        """Return the same vertex as ``minimizer`` as a key, compact where there is one: equal keys, equal vertices."""
+        return self.minimizer(scores)
+
+    def matrix(self, atom: Array, n: int) -> Array:
+        """Return the vertex [rows, n] of a key that :meth:`atom` gave."""
+        return atom
+
     def vertices(self, scores: Array, k: int = 1) -> Array:
         """Return the k best vertices of each row, best first [k, rows]: the soft oracle. BASE stands for the base."""
         raise OptionError(
@@ -91,7 +99,15 @@ class Simplex(Domain):
 
     def minimizer(self, scores: Array) -> Array:
         """One expert a row: the smallest score."""
-        return indicator(self.vertices(scores)[0], scores.shape[1])
+        return self.matrix(self.atom(scores), scores.shape[1])
+
+    def atom(self, scores: Array) -> Array:
+        """Index of the smallest score of each row [rows]; ties go to the first in the pool."""
+        return np.argmin(scores, axis=1)
+
+    def matrix(self, atom: Array, n: int) -> Array:
+        """The rows e_i of the chosen experts."""
+        return indicator(atom, n)
 
     def vertices(self, scores: Array, k: int = 1) -> Array:
         """Experts by ascending score; ties go to the first in the pool."""
@@ -120,7 +136,16 @@ class Capped(Domain):
 
     def minimizer(self, scores: Array) -> Array:
         """One expert a row, or the base (a row of zeros) where no score is negative."""
-        return indicator(self.vertices(scores)[0], scores.shape[1])
+        return self.matrix(self.atom(scores), scores.shape[1])
+
+    def atom(self, scores: Array) -> Array:
+        """Index of the smallest score of each row [rows], or BASE where none is negative."""
+        best = np.argmin(scores, axis=1)
+        return np.where(np.take_along_axis(scores, best[:, None], axis=1)[:, 0] < 0, best, BASE)
+
+    def matrix(self, atom: Array, n: int) -> Array:
+        """The rows e_i of the chosen experts, and rows of zeros for the base."""
+        return indicator(atom, n)
 
     def vertices(self, scores: Array, k: int = 1) -> Array:
         """Experts and base by ascending score; the base scores 0, since its task vector is 0."""
@@ -150,7 +175,15 @@ class Box(Domain):
 
     def minimizer(self, scores: Array) -> Array:
         """Upper bound where the score is negative, else the lower one."""
-        return np.where(scores < 0, self.upper, self.lower)
+        return self.matrix(self.atom(scores), scores.shape[1])
+
+    def atom(self, scores: Array) -> Array:
+        """Whether each coefficient is at its upper bound [rows, n]."""
+        return scores < 0
+
+    def matrix(self, atom: Array, n: int) -> Array:
+        """The bounds themselves."""
+        return np.where(atom, self.upper, self.lower)
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,14 @@ class Clock(NamedTuple):
 class Step(NamedTuple):
     """What a solver returns: the next state, the step size, and the vertices it moved to [k, rows].
 
-    BASE (−1) stands for the base and START (−2) for the starting point.
+    BASE (−1) stands for the base and START (−2) for the starting point. extra: what else the trace shall say of it.
     """
 
     state: State
     size: float
     vertices: Array | None = None
     finished: bool = False  # the solver has nothing left to do
+    extra: dict[str, Any] | None = None
 
 
 class Certificate(NamedTuple):

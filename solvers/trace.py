@@ -5,7 +5,8 @@ Each further line describes Λ_k and the step taken from it:
 
     iteration, value, gap (null on the free domain), stationarity, estimate (true on minibatches),
     step (null on the last), vertices (names chosen, most chosen first) with vertex_share, tasks {name: loss},
-    coefficients [layers][experts] (mean over the rows of each layer), evaluations, gradients, bytes_read, seconds
+    coefficients [layers][experts] (mean over the rows of each layer), evaluations, gradients, bytes_read, seconds,
+    and where the solver says more about its step, extra {"active": vertices it holds, "kind": "drop", ...}
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def record(problem: MatrixProblem, visit: Visit, seconds: float) -> dict[str, An
         "bytes_read": counts.bytes_read,
         "seconds": round(seconds, 6),
     }
+    if visit.step is not None and visit.step.extra is not None:
+        content["extra"] = visit.step.extra
     return dict(plain(content))
 
 
