@@ -163,6 +163,7 @@ def solve(
                 for name, value in progress.counts.items():
                     setattr(problem.counts, name, value)
                 kept = [r for r in read_trace(folder / TRACE)[1] if r["iteration"] < progress.iteration]
+                problem.seconds.update(kept[-1].get("parts", {}) if kept else {})
             else:
                 for stale in (CHECKPOINT, RESULT, COEFFICIENTS):
                     (folder / stale).unlink(missing_ok=True)
@@ -177,7 +178,7 @@ def solve(
                 progress.seconds = time.monotonic() - began
                 if visit.status != NONFINITE:
                     keep_best(progress, visit, problem)
-                line = record(problem, visit, progress.seconds)
+                line = record(problem, visit, progress.seconds, progress.data_with(problem).get("samples_seen"))
                 kept.append(line)
                 if file is not None:
                     file.write(line)

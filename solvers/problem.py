@@ -175,6 +175,11 @@ class MatrixProblem:
         """Cosines of the task vectors [n, n]; unless they are known, of vectors that have nothing in common."""
         return np.eye(self.n)
 
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Where the time went so far, by part."""
+        return {}
+
     def draw(self, iteration: int | None) -> None:
         """Fix the batch of the evaluations that follow; None means all the data."""
 
@@ -292,7 +297,6 @@ class Problem(MatrixProblem):
         self.cheap_to_refresh = pool.backend == "resident"
         self.counts = Counts()
         self.seconds = {"combine": 0.0, "objective": 0.0, "correlate": 0.0}
-        """Where the time went so far."""
         self._bytes_seen = pool.bytes_read
         self._at: tuple[Array, dict[str, Any]] | None = None  # the last point and its weights
         self._raw_geometry: RawGeometry | None = None
@@ -505,7 +509,7 @@ class Restriction(MatrixProblem):
         self.stochastic = parent.stochastic
         self.resolution = parent.resolution
         self.tasks, self.task_weights = parent.tasks, parent.task_weights
-        self.counts = parent.counts
+        self.counts, self.seconds = parent.counts, parent.seconds
         self._read = np.flatnonzero(np.any(self.offsets, axis=(0, 1)))
 
     def draw(self, iteration: int | None) -> None:

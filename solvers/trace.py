@@ -5,8 +5,11 @@ Each further line describes Λ_k and the step taken from it:
 
     iteration, value, gap (null on the free domain), stationarity, estimate (true on minibatches),
     step (null on the last), vertices (names chosen, most chosen first) with vertex_share, tasks {name: loss},
-    coefficients [layers][experts] (mean over the rows of each layer), evaluations, gradients, bytes_read, seconds,
+    coefficients and scores [layers][experts] (means over the rows of each layer), evaluations, gradients, bytes_read,
+    samples (null where the objective counts none), seconds, parts {part: seconds},
     and where the solver says more about its step, extra {"active": vertices it holds, "kind": "drop", ...}
+
+docs/traces.md has every key with its type and unit.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ def header(problem: MatrixProblem, solver: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def record(problem: MatrixProblem, visit: Visit, seconds: float) -> dict[str, Any]:
-    """Return the record of one visit."""
+def record(problem: MatrixProblem, visit: Visit, seconds: float, samples: int | None = None) -> dict[str, Any]:
+    """Return the record of one visit; samples: how many went through the model since the start, if that is known."""
     names: list[str] | None = None
     shares: list[float] | None = None
     if visit.step is not None and visit.step.vertices is not None:
@@ -51,7 +54,7 @@ def record(problem: MatrixProblem, visit: Visit, seconds: float) -> dict[str, An
         special = {BASE: "base", START: "start"}
         names = [special[index] if index < 0 else problem.experts[index] for index, _ in counted]
         shares = [count / indices.size for _, count in counted]
-    counts = problem.counts
+    counts, scores = problem.counts, visit.evaluation.scores
     content = {
         "iteration": visit.iteration,
         "value": visit.evaluation.value,
@@ -63,14 +66,22 @@ def record(problem: MatrixProblem, visit: Visit, seconds: float) -> dict[str, An
         "vertex_share": shares,
         "tasks": visit.evaluation.task_values,
         "coefficients": np.round(layer_means(problem.layers, visit.state.coefficients), 12),
+        "scores": None if scores is None else _digits(layer_means(problem.layers, scores)),
         "evaluations": counts.evaluations,
         "gradients": counts.gradients,
         "bytes_read": counts.bytes_read,
+        "samples": samples,
         "seconds": round(seconds, 6),
+        "parts": {part: round(spent, 6) for part, spent in problem.seconds.items()},
     }
     if visit.step is not None and visit.step.extra is not None:
         content["extra"] = visit.step.extra
     return dict(plain(content))
+
+
+def _digits(matrix: np.ndarray) -> list[list[float]]:
+    """Return a matrix at seven significant digits: scores come from float32, and more would double the file."""
+    return [[float(f"{value:.7g}") for value in row] for row in matrix]
 
 
 class TraceFile:
