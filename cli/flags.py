@@ -190,7 +190,7 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
         fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
     over = live_fields(flags, fields, test=test)
     plain = ("preset", "solver", "objective", "domain", "start", "max_iter", "tol", "rtol", "time_limit", "seed")
-    for name in (*plain, "split", "limit"):
+    for name in (*plain, "split", "limit", "mixed"):
         if flags.get(name) is not None:
             over[name] = flags[name]
     if flags.get("blocks"):

@@ -94,7 +94,8 @@ class TaskPart:
     classes: names, or for a folder a mapping of subfolders to names or a file of names; config, image, label: the
     configuration and the columns of a hub data set.
     limit: at most so many samples, class-balanced, drawn from `seed`. teacher: the expert that distillation listens to
-    (the one named like the task unless told). weight: relative to the other tasks (weights are divided by their sum).
+    (the one named like the task unless told). mixed: this many inputs for what listens to teachers, the rest of them
+    mixtures of two (drawn from `seed`). weight: relative to the other tasks (weights are divided by their sum).
     """
 
     name: str
@@ -111,6 +112,7 @@ class TaskPart:
     label: str | None = None
     templates: tuple[str, ...] | None = None
     teacher: str | None = None
+    mixed: int | None = None
     weight: float = 1.0
 
     @classmethod
@@ -124,8 +126,8 @@ class Recipe:
     """A solve, completely.
 
     zoo: pool, model and tasks come from the embedded benchmark, or from the folder that `zoo build` left. split,
-    limit: what tasks use that do not say it themselves. start: average, base, task-arithmetic:SCALE, expert:NAME, or
-    run:FOLDER (another run's result). preset: the named recipe whose fields stand under these.
+    limit, mixed: what tasks use that do not say it themselves. start: average, base, task-arithmetic:SCALE,
+    expert:NAME, or run:FOLDER (another run's result). preset: the named recipe whose fields stand under these.
     """
 
     zoo: bool | str = False
@@ -134,6 +136,7 @@ class Recipe:
     tasks: tuple[TaskPart, ...] = ()
     split: str = "train"
     limit: int | None = None
+    mixed: int | None = None
     objective: Choice | tuple[Choice, ...] = field(default_factory=lambda: Choice("cross-entropy"))
     blocks: str | tuple[str, ...] = "layer"
     domain: Choice = field(default_factory=lambda: Choice("simplex"))
@@ -156,6 +159,9 @@ class Recipe:
                 raise UsageProblem(
                     f"recipe: task '{task.name}': the weight must be finite and not negative; found {task.weight}."
                 )
+        for where, mixed in (("", self.mixed), *((f" task '{task.name}':", task.mixed) for task in self.tasks)):
+            if mixed is not None and mixed < 1:
+                raise UsageProblem(f"recipe:{where} 'mixed' must be at least 1; found {mixed}.")
         if self.tasks and not any(task.weight for task in self.tasks):
             raise UsageProblem("recipe: the weights of all tasks are 0. Give one of them a positive weight.")
 

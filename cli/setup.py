@@ -157,6 +157,20 @@ class Setup:
             raise UsageProblem(f"there are no tasks. Give --task NAME (zoo) or --task NAME=DATA for each.{known}")
         return tuple(self.load_task(part) for part in self.recipe.tasks)
 
+    @cached_property
+    def unlabelled(self) -> tuple[Task, ...]:
+        """The same data without labels."""
+        return tuple(task.without_labels() for task in self.tasks)
+
+    @cached_property
+    def judged(self) -> tuple[Task, ...]:
+        """What teachers judge: the same data without labels, and mixtures of them where the recipe asks for some."""
+        counts = [part.mixed if part.mixed is not None else self.recipe.mixed for part in self.recipe.tasks]
+        return tuple(
+            task if count is None else task.mixed(count, part.seed)
+            for task, count, part in zip(self.unlabelled, counts, self.recipe.tasks, strict=True)
+        )
+
     def load_task(self, part: TaskPart) -> Task:
         """The data that one task of the recipe names."""
         split = part.split or self.recipe.split
@@ -220,14 +234,15 @@ class Setup:
         cls = objective_class(choice)
         options = {"seed": self.recipe.seed, **choice.options}
         options.pop("weight", None)
-        tasks: Sequence[Task] = self.tasks
-        if not getattr(cls, "needs_labels", False):
-            tasks = tuple(task.without_labels() for task in tasks)
+        parameters = inspect.signature(cls).parameters
+        if getattr(cls, "needs_labels", False):
+            tasks = self.tasks
+        else:
+            tasks = self.judged if "teachers" in parameters else self.unlabelled
         weights = [part.weight for part in self.recipe.tasks]
         if any(weight != weights[0] for weight in weights):
             total = sum(weights)
             options["task_weights"] = {p.name: p.weight / total for p in self.recipe.tasks}
-        parameters = inspect.signature(cls).parameters
         if "teachers" in parameters:
             options["teachers"] = {part.name: self._teacher(part) for part in self.recipe.tasks}
         if "progress" in parameters and self.progress is not None:
@@ -294,6 +309,19 @@ class Setup:
                 "is only one. Leave it out, or give a list of objectives."
             )
         check_blocks(self.recipe.blocks)
+        self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        """Refuse mixed inputs where no objective has teachers to judge them."""
+        asked = [part.name for part in self.recipe.tasks if part.mixed is not None]
+        if self.recipe.mixed is None and not asked:
+            return
+        if not any("teachers" in inspect.signature(objective_class(c)).parameters for c in self.recipe.objectives):
+            where = f"task '{asked[0]}': " if asked else ""
+            raise UsageProblem(
+                f"{where}'mixed' inputs have no labels: only an objective with teachers can judge them. Take "
+                "--objective distillation, or leave it out."
+            )
 
     def resolved(self) -> Recipe:
         """The recipe with every default filled in and every path absolute."""
@@ -314,6 +342,7 @@ class Setup:
                     classes=_absolute(task.classes) if isinstance(task.classes, str) else task.classes,
                     split=task.split or recipe.split,
                     limit=task.limit if task.limit is not None else recipe.limit,
+                    mixed=task.mixed if task.mixed is not None else recipe.mixed,
                 )
                 for task in recipe.tasks
             ),

@@ -20,6 +20,7 @@ from .names import UsageProblem
 @click.option("--objective", metavar="NAME", help="See `mergesolve list objectives`.")
 @click.option("--split", metavar="SPLIT", help="Split of tasks that have splits: train (default), validation, test.")
 @click.option("--limit", type=int, metavar="N", help="Use at most N samples a task, class-balanced.")
+@click.option("--mixed", type=int, metavar="N", help="Distil on N inputs a task: its own, and mixtures of two of them.")
 @click.option("--blocks", multiple=True, metavar="KIND", help="model, layer, tensor, row; or patterns, repeatable.")
 @click.option("--domain", metavar="NAME", help="simplex, capped, box or free.")
 @click.option("--solver", metavar="NAME", help="See `mergesolve list solvers`.")

@@ -289,10 +289,11 @@ class TaskObjective(SumObjective):
 
     def sources(self) -> Sequence[Source]:
         """The tasks, labelled where their labels are used."""
-        return [
-            Source((task.name, task.split, id(task.inputs)), len(task), self.needs_labels, task.split == "test")
-            for task in self._tasks
-        ]
+        found = []
+        for task in self._tasks:
+            inputs, samples = task.examples
+            found.append(Source((task.name, task.split, id(inputs)), samples, self.needs_labels, task.split == "test"))
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Class, options, model and tasks."""

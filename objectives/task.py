@@ -141,17 +141,36 @@ class Task:
         digest.update(self.batch(sample).contiguous().cpu().view(torch.uint8).numpy().tobytes())
         # The sample alone may not show it: JPEG of high quality, or spatter, can leave a few images as they were.
         digest.update("".join(map(repr, self.corruptions)).encode())
+        digest.update("".join(repr(layer.mixture) for layer in self._layers if hasattr(layer, "mixture")).encode())
         return digest.hexdigest()[:16]
 
     @property
     def corruptions(self) -> tuple[tuple[str, int, int], ...]:
         """(kind, severity, seed) of each corruption of the inputs, in the order in which they were applied."""
-        found, inputs = [], self.inputs
+        return tuple(layer.corruption for layer in reversed(self._layers) if hasattr(layer, "corruption"))
+
+    @property
+    def _layers(self) -> tuple[Any, ...]:
+        """What the inputs are wrapped in (selections, corruptions, mixtures), the last one that was applied first."""
+        found: list[Any] = []
+        inputs: Any = self.inputs
         while not isinstance(inputs, Tensor) and hasattr(inputs, "inputs"):
-            if hasattr(inputs, "corruption"):
-                found.append(inputs.corruption)
+            found.append(inputs)
             inputs = inputs.inputs
-        return tuple(reversed(found))
+        return tuple(found)
+
+    @property
+    def examples(self) -> tuple[Inputs, int]:
+        """Where this task's examples come from, and how many distinct ones there are: mixtures are not new examples."""
+        inputs, rows = self.inputs, np.arange(len(self))
+        for layer in self._layers:
+            if isinstance(layer, Selected):
+                rows = layer.indices[rows]
+            elif hasattr(layer, "mixture"):
+                rows = np.union1d(layer.first[rows], layer.second[rows])
+                if len(rows) == len(layer.inputs):
+                    inputs = layer.inputs
+        return inputs, len(np.unique(rows))
 
     def batch(self, indices: Indices) -> Tensor:
         """The inputs [len(indices), ...] at these indices."""
@@ -194,6 +213,24 @@ class Task:
         from .corruptions import Corrupted
 
         return replace(self, inputs=Corrupted(self.inputs, self.name, kind, severity, seed))
+
+    def mixed(self, count: int, seed: int = 0) -> Task:
+        """The task without labels and with `count` inputs: its own, then mixtures u x_i + (1 − u) x_j of two of them.
+
+        For distillation: a teacher judges any input. With a count of at most its length it is the subset of that many.
+        Mixtures are made batch by batch; each is the same in every batch, and in a task with more of them.
+        Raises DataError for one input alone, and for inputs that are neither uint8 nor floating-point.
+        """
+        from .mixing import Mixed
+
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+            raise DataError(
+                f"task {self.name!r}: the number of mixed inputs must be an int of at least 1, got {count!r}."
+            )
+        unlabelled = self.without_labels()
+        if count <= len(self):
+            return unlabelled.subset(int(count), seed)
+        return replace(unlabelled, inputs=Mixed(self.inputs, self.name, int(count), seed))
 
     @classmethod
     def from_arrays(

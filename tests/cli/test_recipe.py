@@ -38,6 +38,7 @@ tasks = st.lists(
         seed=st.integers(0, 9),
         classes=st.none() | st.lists(texts, min_size=1, max_size=3).map(tuple),
         teacher=st.none() | names,
+        mixed=st.none() | st.integers(1, 5000),
         weight=st.floats(0.1, 10),
     ),
     max_size=3,
