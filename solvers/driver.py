@@ -134,6 +134,7 @@ def solve(
     Raises OptionError for what cannot be solved, before anything is computed.
     """
     solver = make_solver(solver)
+    problem = solver.view(problem)
     check_limits(max_iter, tol, rtol, time_limit, checkpoint_every)
     if resume and run is None:
         raise OptionError("resume=True needs run=FOLDER, the folder of the run to go on with.")
@@ -232,7 +233,7 @@ def certify(
     point = progress.best if progress.best is not None else start
     problem.draw(None)
     problem.refresh()
-    evaluation = problem.evaluate(point)
+    evaluation = problem.evaluate(point, tasks=solver.certifies_by_task)
     certificate = solver.certificate(problem, point, evaluation)
     if not math.isfinite(evaluation.value) or not np.isfinite(evaluation.scores).all():
         status = NONFINITE

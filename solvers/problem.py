@@ -118,6 +118,9 @@ class Line(Protocol):
     def value(self, step: float) -> float:
         """f(Λ + γD)."""
 
+    def task_values(self, step: float) -> dict[str, float]:
+        """The loss of each task at Λ + γD."""
+
     def accept(self, step: float) -> None:
         """Keep what is known at γ = step: the solver goes there."""
 
@@ -196,6 +199,10 @@ class MatrixProblem:
         """Return the value at ``point``."""
         raise NotImplementedError
 
+    def task_values(self, point: Array) -> dict[str, float]:
+        """Return the loss of each task at ``point``, in the order of ``tasks``; without a gradient where that can be."""
+        return dict(self.evaluate(point).task_values)
+
     def line(self, point: Array, direction: Array) -> Line:
         """Return the restriction to point + γ·direction."""
         return PointwiseLine(self, point, direction)
@@ -233,6 +240,10 @@ class PointwiseLine:
         """f(Λ + γD)."""
         return self.problem.value(self.point + step * self.direction)
 
+    def task_values(self, step: float) -> dict[str, float]:
+        """The loss of each task at Λ + γD."""
+        return self.problem.task_values(self.point + step * self.direction)
+
     def accept(self, step: float) -> None:
         """Nothing is kept between points."""
 
@@ -266,6 +277,10 @@ class FunctionProblem(MatrixProblem):
         """Call the function and drop the scores."""
         self.counts.evaluations += 1
         return float(self._function(point)[0])
+
+    def task_values(self, point: Array) -> dict[str, float]:
+        """The value, by the name of the only task."""
+        return {"objective": self.value(point)}
 
 
 class Problem(MatrixProblem):
@@ -383,6 +398,19 @@ class Problem(MatrixProblem):
         with self.timed("objective"):
             return float(self.objective.value(weights))
 
+    def task_values(self, point: Array) -> dict[str, float]:
+        """One forward pass of the objective; with a gradient if it does not tell losses by task without one."""
+        self.counts.evaluations += 1
+        weights = self.weights(point)
+        with self.timed("objective"):
+            return self._task_losses(weights)
+
+    def _task_losses(self, weights: dict[str, Any]) -> dict[str, float]:
+        """The objective's losses by task at these weights."""
+        if hasattr(self.objective, "task_losses"):
+            return dict(self.objective.task_losses(weights))
+        return dict(self.objective.value_and_grad(weights).task_losses)
+
     def line(self, point: Array, direction: Array) -> Line:
         """Form A D once, so that every trial along the line costs no reading at all."""
         return WeightLine(self, point, direction)
@@ -452,6 +480,13 @@ class WeightLine:
         self._problem.counts.evaluations += 1
         with self._problem.timed("objective"):
             return float(self._problem.objective.value(self._trial))
+
+    def task_values(self, step: float) -> dict[str, float]:
+        """The loss of each task at θ + γ·(A D): one forward pass."""
+        self._move(step)
+        self._problem.counts.evaluations += 1
+        with self._problem.timed("objective"):
+            return self._problem._task_losses(self._trial)
 
     def accept(self, step: float) -> None:
         """Make the point at ``step`` the one that the problem remembers."""
@@ -537,6 +572,10 @@ class Restriction(MatrixProblem):
     def value(self, point: Array) -> float:
         """One value of the parent."""
         return self.parent.value(self.lift(point))
+
+    def task_values(self, point: Array) -> dict[str, float]:
+        """One value of the parent, by task."""
+        return self.parent.task_values(self.lift(point))
 
 
 def layer_means(layers: Mapping[str, Array], matrix: Array) -> Array:

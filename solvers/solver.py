@@ -69,7 +69,12 @@ class Solver:
     needs_raw_inner: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False  # a step may leave Λ as it is without the solve being stuck
     scheduled: ClassVar[bool] = False  # its steps depend on max_iter
+    certifies_by_task: ClassVar[bool] = False  # its certificate needs scores a task
     resamples: ClassVar[bool] = False  # as an inner solver, wants a new batch for each of its iterations
+
+    def view(self, problem: MatrixProblem) -> MatrixProblem:
+        """Return the problem that this solver minimizes, where that is another function of the tasks' losses."""
+        return problem
 
     def check(self, problem: MatrixProblem) -> None:
         """Raise OptionError if this solver cannot run on ``problem``."""

@@ -136,3 +136,16 @@ def test_a_task_wise_result_starts_a_layer_wise_solve(merge):
     coarse = solve(merge("model"), "projected-gradient", max_iter=30, tol=0)
     fine = solve(merge("layer"), "projected-gradient", start=coarse, max_iter=0)
     assert fine.objective == pytest.approx(coarse.objective, rel=1e-6)
+
+
+@pytest.mark.parametrize("blocks", ["model", "layer"])
+def test_task_values_are_those_of_the_evaluation_at_the_cost_of_one_value(blocks, merge):
+    problem = merge(blocks)
+    point = np.full((problem.rows, problem.n), 0.1)
+    direction = np.linspace(-0.05, 0.1, problem.n) * np.ones((problem.rows, 1))
+    found = problem.task_values(point)
+    assert found == pytest.approx(problem.evaluate(point).task_values, rel=1e-6)
+    assert list(found) == list(problem.tasks)
+    assert (problem.counts.evaluations, problem.counts.gradients) == (1, 1)
+    line = problem.line(point, direction)
+    assert line.task_values(0.5) == pytest.approx(problem.task_values(point + 0.5 * direction), rel=1e-5)
