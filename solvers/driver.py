@@ -22,10 +22,21 @@ import numpy as np
 from . import memory
 from .errors import OptionError
 from .files import plain, read_arrays, write_arrays
-from .loop import INTERRUPTED, MAX_ITER, NONFINITE, OPTIMAL, STALLED, TIME_LIMIT, Visit, iterate
+from .loop import (
+    INTERRUPTED,
+    MAX_ITER,
+    NONFINITE,
+    OPTIMAL,
+    STALLED,
+    TIME_LIMIT,
+    UNKNOWN,
+    Visit,
+    is_finite,
+    iterate,
+)
 from .points import start_point
 from .problem import MatrixProblem
-from .registry import make_solver
+from .registry import SOLVERS, make_solver
 from .result import COEFFICIENTS, RESULT, TRACE, Result
 from .solver import Solver, State
 from .trace import TraceFile, header, read_trace, record
@@ -134,6 +145,7 @@ def solve(
     Raises OptionError for what cannot be solved, before anything is computed.
     """
     solver = make_solver(solver)
+    check_values(problem, solver)
     problem = solver.view(problem)
     check_limits(max_iter, tol, rtol, time_limit, checkpoint_every)
     if resume and run is None:
@@ -233,9 +245,12 @@ def certify(
     point = progress.best if progress.best is not None else start
     problem.draw(None)
     problem.refresh()
-    evaluation = problem.evaluate(point, tasks=solver.certifies_by_task)
-    certificate = solver.certificate(problem, point, evaluation)
-    if not math.isfinite(evaluation.value) or not np.isfinite(evaluation.scores).all():
+    if problem.has_gradient:
+        evaluation = problem.evaluate(point, tasks=solver.certifies_by_task)
+        certificate = solver.certificate(problem, point, evaluation)
+    else:
+        evaluation, certificate = problem.look(point), UNKNOWN
+    if not is_finite(evaluation):
         status = NONFINITE
     message = MESSAGES[status]
     certified = certificate.holds(max(tol, rtol * abs(evaluation.value)))
@@ -274,6 +289,21 @@ def identify(problem: MatrixProblem, solver: Solver, start: np.ndarray, max_iter
     if solver.scheduled:
         identity["max_iter"] = max_iter
     return dict(plain(identity))
+
+
+def check_values(problem: MatrixProblem, solver: Solver) -> None:
+    """Raise OptionError if the objective cannot give what the solver reads."""
+    if solver.needs_scores and not problem.has_gradient:
+        without = ", ".join(repr(name) for name, cls in SOLVERS.items() if not cls.needs_scores)
+        raise OptionError(
+            f"{type(solver).__name__} needs gradients, and the objective has none. Take a solver that reads values "
+            f"only ({without}), or an objective with a gradient, such as cross-entropy."
+        )
+    if solver.compares_values and problem.stochastic:
+        raise OptionError(
+            f"{type(solver).__name__} compares values of different iterations, and those of minibatches do not "
+            "compare. Leave out the objective's batch_size; fewer samples a task make its values cheaper."
+        )
 
 
 def check_limits(max_iter: int, tol: float, rtol: float, time_limit: float, checkpoint_every: int | None) -> None:

@@ -19,6 +19,7 @@ MAX_ITER = "max_iter"
 TIME_LIMIT = "time_limit"
 INTERRUPTED = "interrupted"
 NONFINITE = "nonfinite"
+UNKNOWN = Certificate(None, math.nan)  # at a point without scores
 STATUSES = (OPTIMAL, STALLED, MAX_ITER, TIME_LIMIT, INTERRUPTED, NONFINITE)
 
 
@@ -54,11 +55,16 @@ def iterate(
     while True:
         problem.draw(iteration)
         check_step(problem, solver, state.coefficients)
-        evaluation = problem.evaluate(state.coefficients, tasks=solver.needs_task_scores, raw=solver.needs_raw_inner)
-        if not math.isfinite(evaluation.value) or not np.isfinite(evaluation.scores).all():
-            yield Visit(iteration, state, evaluation, Certificate(None, math.nan), status=NONFINITE)
+        if solver.needs_scores:
+            evaluation = problem.evaluate(
+                state.coefficients, tasks=solver.needs_task_scores, raw=solver.needs_raw_inner
+            )
+        else:
+            evaluation = problem.look(state.coefficients)
+        if not is_finite(evaluation):
+            yield Visit(iteration, state, evaluation, UNKNOWN, status=NONFINITE)
             return
-        certificate = solver.certificate(problem, state.coefficients, evaluation)
+        certificate = solver.certificate(problem, state.coefficients, evaluation) if solver.needs_scores else UNKNOWN
         status = None
         if not problem.stochastic and certificate.holds(max(tol, rtol * abs(evaluation.value))):
             status = OPTIMAL
@@ -75,6 +81,11 @@ def iterate(
         yield Visit(iteration, state, evaluation, certificate, step)
         state = step.state
         iteration += 1
+
+
+def is_finite(evaluation: Evaluation) -> bool:
+    """Whether the value, and the scores where there are some, are finite."""
+    return math.isfinite(evaluation.value) and (evaluation.scores is None or bool(np.isfinite(evaluation.scores).all()))
 
 
 def check_step(problem: MatrixProblem, solver: Solver, point: np.ndarray[Any, Any]) -> None:

@@ -102,7 +102,8 @@ class RawGeometry:
 class Evaluation:
     """f at one point: value, scores [rows, n], and on request scores a task [tasks, rows, n].
 
-    Scores of experts that were not asked for are nan.
+    Scores of experts that were not asked for are nan. Where only the value was asked for, scores is None; that never
+    reaches a solver whose steps read scores.
     """
 
     value: float
@@ -152,6 +153,7 @@ class MatrixProblem:
     domain: Domain
     experts: tuple[str, ...]
     stochastic: bool = False
+    has_gradient: bool = True  # False: ``evaluate`` cannot be called, ``value`` can
     resolution: float = 1e-15  # relative noise of the values, below which a difference means nothing
     cheap_to_refresh: bool = True  # the weights of a point can be rebuilt in every iteration without reading files
     tasks: tuple[str, ...] = ()
@@ -198,6 +200,10 @@ class MatrixProblem:
     def value(self, point: Array) -> float:
         """Return the value at ``point``."""
         raise NotImplementedError
+
+    def look(self, point: Array) -> Evaluation:
+        """Return the value at ``point`` without scores, and by task where that costs no more."""
+        return Evaluation(self.value(point), None)  # type: ignore[arg-type]
 
     def task_values(self, point: Array) -> dict[str, float]:
         """Return the loss of each task at ``point``, in the order of ``tasks``; without a gradient where that can be."""
@@ -309,6 +315,7 @@ class Problem(MatrixProblem):
         self.tasks = tuple(objective.tasks)
         self.task_weights = np.asarray(objective.task_weights, dtype=np.float64)
         self.stochastic = bool(objective.stochastic)
+        self.has_gradient = bool(getattr(objective, "has_gradient", True))
         self.cheap_to_refresh = pool.backend == "resident"
         self.counts = Counts()
         self.seconds = {"combine": 0.0, "objective": 0.0, "correlate": 0.0}
@@ -397,6 +404,14 @@ class Problem(MatrixProblem):
         weights = self.weights(point)
         with self.timed("objective"):
             return float(self.objective.value(weights))
+
+    def look(self, point: Array) -> Evaluation:
+        """One forward pass of the objective."""
+        if not hasattr(self.objective, "task_losses"):
+            return super().look(point)
+        losses = self.task_values(point)
+        value = sum(float(w) * losses[task] for task, w in zip(self.tasks, self.task_weights, strict=True))
+        return Evaluation(value, None, losses)  # type: ignore[arg-type]
 
     def task_values(self, point: Array) -> dict[str, float]:
         """One forward pass of the objective; with a gradient if it does not tell losses by task without one."""

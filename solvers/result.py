@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Result:
 
     coefficients: Λ [rows, n], float64; experts: names of its columns; blocks: kind of its rows, layers: rows by layer;
     objective, gap (None on the free domain) and stationarity: recomputed from scratch at ``coefficients`` on all the
-    objective's data; status: see :mod:`.loop`; nit: iterations; best_iteration: the one that is
+    objective's data; of an objective without gradient, gap is None and stationarity nan; status: see :mod:`.loop`; nit: iterations; best_iteration: the one that is
     returned; counts: evaluations, gradients, combines, correlates, bytes_read; data: what the objective consumed;
     trace: records; seconds; peak_memory: bytes of this process.
     """
@@ -82,4 +83,6 @@ class Result:
         arrays, _ = read_arrays(folder / COEFFICIENTS)
         trace = read_trace(folder / TRACE)[1] if (folder / TRACE).exists() else []
         content["experts"] = tuple(content["experts"])
+        if content["stationarity"] is None:  # what JSON makes of nan
+            content["stationarity"] = math.nan
         return cls(coefficients=arrays["coefficients"], trace=trace, **content)

@@ -65,11 +65,14 @@ class Solver:
     """Common part of the solvers."""
 
     source: ClassVar[str] = ""
+    needs_scores: ClassVar[bool] = True  # False: its steps read values only, and no gradient is computed on the way
     needs_task_scores: ClassVar[bool] = False
     needs_raw_inner: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False  # a step may leave Λ as it is without the solve being stuck
     scheduled: ClassVar[bool] = False  # its steps depend on max_iter
     certifies_by_task: ClassVar[bool] = False  # its certificate needs scores a task
+    compares_values: ClassVar[bool] = False  # of different iterations: it needs one batch throughout
+    equivariant: ClassVar[bool] = True  # another order of the experts gives the same merge
     resamples: ClassVar[bool] = False  # as an inner solver, wants a new batch for each of its iterations
 
     def view(self, problem: MatrixProblem) -> MatrixProblem:
