@@ -22,7 +22,7 @@ from .names import UsageProblem
 @click.option("--limit", type=int, metavar="N", help="Use at most N samples a task, class-balanced.")
 @click.option("--mixed", type=int, metavar="N", help="Distil on N inputs a task: its own, and mixtures of two of them.")
 @click.option("--blocks", multiple=True, metavar="KIND", help="model, layer, tensor, row; or patterns, repeatable.")
-@click.option("--domain", metavar="NAME", help="simplex, capped, box or free.")
+@click.option("--domain", metavar="NAME", help="See `mergesolve list domains`.")
 @click.option("--solver", metavar="NAME", help="See `mergesolve list solvers`.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe. Repeatable.")
 @click.option(

@@ -9,6 +9,7 @@ from .domains import DOMAINS, Box, Capped, Domain, Free, Simplex, make_domain
 from .driver import solve
 from .errors import OptionError
 from .frank_wolfe import FrankWolfe
+from .l1_ball import L1Ball
 from .loop import STATUSES
 from .points import Point, Scan, start_point
 from .presets import PRESETS
@@ -52,6 +53,7 @@ __all__ = [
     "FrankWolfe",
     "Free",
     "FunctionProblem",
+    "L1Ball",
     "LineSearch",
     "MatrixProblem",
     "OpenLoop",

@@ -8,6 +8,7 @@ bound of f(Λ) − f* when f is convex (FW-Merging, eq. 4).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +30,13 @@ class Domain:
     source: ClassVar[str] = ""
     has_vertices: ClassVar[bool] = False
     has_base: ClassVar[bool] = False
+    convex: ClassVar[bool] = True  # a step between two points of the domain stays in it
+
+    def bind(
+        self, experts: Sequence[str], rows: Sequence[str], layers: Mapping[str, Sequence[int] | Array] | None = None
+    ) -> Domain:
+        """Return the domain of a problem with these columns, rows and layers of rows; itself if it names none."""
+        return self
 
     def project(self, point: Array) -> Array:
         """Return the nearest point of the domain, row by row [rows, n]."""
@@ -230,11 +238,19 @@ def check_feasible(domain: Domain, point: Array, row_names: tuple[str, ...], wha
             f"{what} is outside the domain '{domain.name}' at block '{row_names[worst]}': its coefficients sum to "
             f"{row.sum():.6g} and lie in [{row.min():.6g}, {row.max():.6g}], a violation of {violation[worst]:.3g}. "
             "Start from 'average', choose a domain that contains the point ('capped' contains the base, 'free' "
-            "everything), or project it first."
+            "everything), or project it first, as 'nearest:average' does."
         )
 
 
-DOMAINS: dict[str, type[Domain]] = {"simplex": Simplex, "capped": Capped, "box": Box, "free": Free}
+from .l1_ball import L1Ball  # noqa: E402 (a kind of Domain, which has to exist first)
+
+DOMAINS: dict[str, type[Domain]] = {
+    "simplex": Simplex,
+    "capped": Capped,
+    "box": Box,
+    "l1-ball": L1Ball,
+    "free": Free,
+}
 
 
 def make_domain(spec: object) -> Domain:

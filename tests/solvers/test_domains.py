@@ -20,6 +20,7 @@ def oracle(domain, point):
         "simplex": [variable >= 0, cp.sum(variable, axis=1) == 1],
         "capped": [variable >= 0, cp.sum(variable, axis=1) <= 1],
         "box": [variable >= 0, variable <= 1],
+        "l1-ball": [cp.sum(cp.abs(variable), axis=1) <= 1],
         "free": [],
     }[domain]
     cp.Problem(cp.Minimize(cp.sum_squares(variable - point)), constraints).solve(
