@@ -30,6 +30,7 @@ class FrankWolfe(Solver):
 
     step_rule: Any = "line-search"
     source: ClassVar[str] = "FW-Merging (Chen et al. 2025), algorithm 1"
+    promise: ClassVar[str] = "sublinear"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_rule", make_step_rule(self.step_rule))

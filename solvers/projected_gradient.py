@@ -34,6 +34,7 @@ class ProjectedGradient(Solver):
     accelerated: bool = True
     grow: float = 1.2
     source: ClassVar[str] = "Goldstein (1964); Beck and Teboulle (2009); O'Donoghue and Candès (2015)"
+    promise: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
         check_number(self, "grow", 1, math.inf, closed="left")

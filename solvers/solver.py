@@ -20,6 +20,12 @@ from .step_rules import Memory, Search, StepRule
 
 Array = np.ndarray[Any, Any]
 
+PROMISES = {
+    "linear": "on strongly convex objectives over polytopes, the gap falls by a constant factor in an iteration",
+    "sublinear": "with L the smoothness and D the diameter, f − f* ≤ 2LD²/(t + 2) after t iterations",
+    "none": "feasible iterates and a gap that bounds f − f*",
+}
+
 
 @dataclass(frozen=True)
 class State:
@@ -65,6 +71,7 @@ class Solver:
     """Common part of the solvers."""
 
     source: ClassVar[str] = ""
+    promise: ClassVar[str] = "none"  # how fast it is on convex objectives (PROMISES), as every test problem checks
     needs_scores: ClassVar[bool] = True  # False: its steps read values only, and no gradient is computed on the way
     needs_task_scores: ClassVar[bool] = False
     needs_raw_inner: ClassVar[bool] = False
