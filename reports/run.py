@@ -59,7 +59,9 @@ class Run:
 
     @property
     def iterations(self) -> Array:
-        """Iteration numbers of the records, shape [T]."""
+        """Iteration numbers of the records, shape [T]; positions where rounds of an outer loop count anew."""
+        if any("outer" in record for record in self.records):
+            return np.arange(len(self.records), dtype=np.float64)
         return np.asarray([record.get("iteration", k) for k, record in enumerate(self.records)], dtype=np.float64)
 
     def series(self, key: str) -> Array:
@@ -202,7 +204,7 @@ def _read_trace(path: Path) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]
         return {}, ()
     check_schema(path, parsed[0])
     # A resumed run writes the records after its checkpoint again: the last record of an iteration counts.
-    latest = {record.get("iteration", k): record for k, record in enumerate(parsed[1:])}
+    latest = {(record.get("outer", 0), record.get("iteration", k)): record for k, record in enumerate(parsed[1:])}
     return parsed[0], tuple(latest[k] for k in sorted(latest))
 
 
