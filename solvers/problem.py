@@ -122,8 +122,11 @@ class Line(Protocol):
     def task_values(self, step: float) -> dict[str, float]:
         """The loss of each task at Λ + γD."""
 
-    def accept(self, step: float) -> None:
-        """Keep what is known at γ = step: the solver goes there."""
+    def slope(self, step: float) -> float:
+        """d/dγ f(Λ + γD) = ⟨S(Λ + γD), D⟩, by one gradient."""
+
+    def accept(self, step: float, point: Array | None = None) -> None:
+        """Keep what is known at γ = step: the solver goes there, to ``point`` if that differs in rounding."""
 
 
 @dataclass
@@ -153,6 +156,7 @@ class MatrixProblem:
     domain: Domain
     experts: tuple[str, ...]
     stochastic: bool = False
+    quadratic: bool = False  # f is known to be a polynomial of degree two: rules that rely on it may be used
     has_gradient: bool = True  # False: ``evaluate`` cannot be called, ``value`` can
     resolution: float = 1e-15  # relative noise of the values, below which a difference means nothing
     cheap_to_refresh: bool = True  # the weights of a point can be rebuilt in every iteration without reading files
@@ -250,7 +254,11 @@ class PointwiseLine:
         """The loss of each task at Λ + γD."""
         return self.problem.task_values(self.point + step * self.direction)
 
-    def accept(self, step: float) -> None:
+    def slope(self, step: float) -> float:
+        """⟨S(Λ + γD), D⟩."""
+        return float(np.sum(self.problem.evaluate(self.point + step * self.direction).scores * self.direction))
+
+    def accept(self, step: float, point: Array | None = None) -> None:
         """Nothing is kept between points."""
 
 
@@ -258,13 +266,21 @@ class FunctionProblem(MatrixProblem):
     """A problem given by a plain function Λ -> (value, scores): for studies and tests, without any model."""
 
     def __init__(
-        self, value_and_scores: Any, rows: int, n: int, domain: Domain | str = "simplex", *, resolution: float = 1e-15
+        self,
+        value_and_scores: Any,
+        rows: int,
+        n: int,
+        domain: Domain | str = "simplex",
+        *,
+        resolution: float = 1e-15,
+        quadratic: bool = False,
     ) -> None:
         self._function = value_and_scores
         self.rows = rows
         self.domain = make_domain(domain)
         self.experts = tuple(f"expert{i}" for i in range(n))
         self.resolution = resolution
+        self.quadratic = quadratic
         self.tasks = ("objective",)
         self.task_weights = np.ones(1)
         self.counts = Counts()
@@ -315,6 +331,7 @@ class Problem(MatrixProblem):
         self.tasks = tuple(objective.tasks)
         self.task_weights = np.asarray(objective.task_weights, dtype=np.float64)
         self.stochastic = bool(objective.stochastic)
+        self.quadratic = bool(getattr(objective, "quadratic", False))
         self.has_gradient = bool(getattr(objective, "has_gradient", True))
         self.cheap_to_refresh = pool.backend == "resident"
         self.counts = Counts()
@@ -474,13 +491,18 @@ class WeightLine:
         self._point = point
         self._direction = direction
         self._weights = problem.weights(point)
-        target = point + direction
+        ends = {1: point + direction, -1: point - direction}
+        used = {sign: np.any(end, axis=0).sum() for sign, end in ends.items()}
+        sign = 1 if used[1] <= used[-1] else -1
         with problem.timed("combine"):
-            if np.any(target, axis=0).sum() < np.any(direction, axis=0).sum():
-                # A Frank-Wolfe step moves every active expert, but its target is one vertex: reading that is enough.
-                moved = problem.pool.combine(target, problem.blocks)
+            if used[sign] < np.any(direction, axis=0).sum():
+                # A Frank-Wolfe step moves every active expert, but where it goes to, or for an away step comes from,
+                # is one vertex: reading that is enough.
+                moved = problem.pool.combine(ends[sign], problem.blocks)
                 for name, tensor in moved.items():
                     tensor.sub_(self._weights[name])
+                    if sign < 0:
+                        tensor.neg_()
             else:
                 moved = problem.pool.displacement(direction, problem.blocks)
         problem.counts.combines += 1
@@ -503,7 +525,15 @@ class WeightLine:
         with self._problem.timed("objective"):
             return self._problem._task_losses(self._trial)
 
-    def accept(self, step: float) -> None:
+    def slope(self, step: float) -> float:
+        """One gradient of the objective at θ + γ·(A D), and its inner product with A D: nothing is read."""
+        self._move(step)
+        self._problem.counts.gradients += 1
+        with self._problem.timed("objective"):
+            gradient = self._problem.objective.value_and_grad(self._trial).gradient
+        return math.fsum(float((tensor.double() * self._moved[name]).sum()) for name, tensor in gradient.items())
+
+    def accept(self, step: float, point: Array | None = None) -> None:
         """Make the point at ``step`` the one that the problem remembers."""
         if step == 0.0:
             return
@@ -513,7 +543,8 @@ class WeightLine:
             for name, tensor in self._weights.items():
                 tensor.add_(self._moved[name], alpha=step)
             self._trial = self._weights
-        self._problem._at = (self._point + step * self._direction, self._trial)
+        reached = self._point + step * self._direction if point is None else point.copy()
+        self._problem._at = (reached, self._trial)
 
     def _move(self, step: float) -> None:
         if step == self._trial_step:

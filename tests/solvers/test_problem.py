@@ -59,15 +59,17 @@ def test_scores_are_the_derivative_of_the_value(blocks, merge):
 
 @pytest.mark.parametrize("backend", ["streaming", "resident"])
 @pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("target", ["vertex", "direction"])
+@pytest.mark.parametrize("target", ["vertex", "away", "direction"])
 def test_a_line_has_the_values_of_its_points(blocks, backend, target, merge):
     problem, other = merge(blocks, "free", backend=backend), merge(blocks, "free", backend=backend)
     rng = np.random.default_rng(2)
     point = rng.normal(size=(problem.rows, problem.n))
     direction = rng.normal(size=point.shape)
-    if target == "vertex":
+    if target != "direction":
         direction = -point
         direction[:, 1] += 1.0
+    if target == "away":
+        direction = -direction
     line = problem.line(point, direction)
     for step in (0.5, 0.0, 1.0, 0.25):
         assert line.value(step) == pytest.approx(other.value(point + step * direction), rel=1e-5)
@@ -78,6 +80,28 @@ def test_a_line_has_the_values_of_its_points(blocks, backend, target, merge):
     assert problem.counts.combines == before  # the line left the weights behind
     for k, w in other.weights(accepted).items():
         torch.testing.assert_close(weights[k], w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["streaming", "resident"])
+def test_the_slope_of_a_line_is_its_derivative_and_reads_nothing(backend, merge):
+    problem, other = merge("row", "free", backend=backend), merge("row", "free", backend=backend)
+    point, direction = np.random.default_rng(4).normal(size=(2, problem.rows, problem.n))
+    line = problem.line(point, direction)
+    read = problem.counts.bytes_read
+    for step in (0.5, 0.0, 1.0):
+        expected = np.sum(other.evaluate(point + step * direction).scores * direction)
+        assert line.slope(step) == pytest.approx(expected, rel=1e-4)
+    assert (problem.counts.bytes_read, problem.counts.correlates, problem.counts.gradients) == (read, 0, 3)
+
+
+def test_an_away_step_reads_the_vertex_that_it_leaves(merge):
+    problem = merge("model", "simplex", backend="streaming")
+    point = np.full((1, 5), 0.2)
+    problem.weights(point)
+    model = 4 * sum(int(np.prod(shape)) for shape in problem.pool.tensors.values())
+    before = problem.counts.bytes_read
+    problem.line(point, point - np.eye(5)[:1])
+    assert problem.counts.bytes_read - before <= 2 * model  # the base and one expert
 
 
 def test_refresh_makes_the_value_a_function_of_the_point_alone(merge):
