@@ -127,6 +127,7 @@ COMMANDS = {
     "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
     "materialize": ("materialize", "command", "Write the merged checkpoint of a run."),
     "plot": ("plot", "command", "Draw runs: coefficients, convergence, steps, vertices."),
+    "compare": ("compare", "command", "Runs side by side at equal iterations, seconds, gradients or samples."),
     "trace": ("trace", "command", "The trace of a run as a table: shown, filtered, exported."),
     "list": (
         "listing",
