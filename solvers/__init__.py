@@ -11,6 +11,7 @@ from .errors import OptionError
 from .frank_wolfe import FrankWolfe
 from .l1_ball import L1Ball
 from .loop import STATUSES
+from .mirror import MirrorDescent
 from .points import Point, Scan, start_point
 from .presets import PRESETS
 from .problem import Counts, Evaluation, FunctionProblem, MatrixProblem, Problem, Restriction
@@ -19,6 +20,7 @@ from .registry import SOLVERS, make_solver
 from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
 from .result import Result
 from .soft_frank_wolfe import SoftFrankWolfe
+from .softmax import SoftmaxGradient
 from .solver import Certificate, Clock, Solver, State, Step
 from .step_rules import (
     STEP_RULES,
@@ -56,6 +58,7 @@ __all__ = [
     "L1Ball",
     "LineSearch",
     "MatrixProblem",
+    "MirrorDescent",
     "OpenLoop",
     "OptionError",
     "Point",
@@ -70,6 +73,7 @@ __all__ = [
     "ShortStep",
     "Simplex",
     "SoftFrankWolfe",
+    "SoftmaxGradient",
     "Solver",
     "State",
     "Step",

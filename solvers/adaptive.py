@@ -18,6 +18,7 @@ import numpy as np
 from .errors import check_choice, check_number
 from .problem import Evaluation, MatrixProblem
 from .solver import Clock, Solver, State, Step
+from .step_rules import Memory
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,12 @@ class AdaptiveGradient(Solver):
 
     def init(self, problem: MatrixProblem, start: np.ndarray) -> State:
         """Moments are 0."""
-        zeros = np.zeros_like(start)
-        return State(start, {"first": zeros, "second": zeros} if self.method == "adam" else {"first": zeros})
+        return State(start, self.moments(start))
+
+    def moments(self, like: np.ndarray) -> Memory:
+        """Return the moments before the first step, 0 in the shape of the variables."""
+        zeros = np.zeros_like(like)
+        return {"first": zeros, "second": zeros} if self.method == "adam" else {"first": zeros}
 
     @property
     def scheduled(self) -> bool:  # type: ignore[override]
@@ -60,16 +65,19 @@ class AdaptiveGradient(Solver):
         factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
         return self.lr * factor[self.schedule]
 
+    def descend(self, moments: Memory, gradient: np.ndarray, clock: Clock) -> tuple[Memory, np.ndarray]:
+        """Return the next moments, and the direction whose lr_t-fold is subtracted."""
+        if self.method == "sgd":
+            first = self.momentum * moments["first"] + gradient
+            return {"first": first}, first
+        t = clock.iteration + 1
+        first = self.momentum * moments["first"] + (1 - self.momentum) * gradient
+        second = self.decay * moments["second"] + (1 - self.decay) * gradient**2
+        direction = (first / (1 - self.momentum**t)) / (np.sqrt(second / (1 - self.decay**t)) + 1e-8)
+        return {"first": first, "second": second}, direction
+
     def step(self, problem: MatrixProblem, state: State, evaluation: Evaluation, clock: Clock) -> Step:
         """One Adam or heavy-ball step, then the projection."""
-        scores, rate = evaluation.scores, self.rate(clock)
-        if self.method == "sgd":
-            first = self.momentum * state.memory["first"] + scores
-            memory, direction = {"first": first}, first
-        else:
-            t = clock.iteration + 1
-            first = self.momentum * state.memory["first"] + (1 - self.momentum) * scores
-            second = self.decay * state.memory["second"] + (1 - self.decay) * scores**2
-            memory = {"first": first, "second": second}
-            direction = (first / (1 - self.momentum**t)) / (np.sqrt(second / (1 - self.decay**t)) + 1e-8)
-        return Step(State(problem.domain.project(state.coefficients - rate * direction), memory), rate)
+        rate = self.rate(clock)
+        moments, direction = self.descend(state.memory, evaluation.scores, clock)
+        return Step(State(problem.domain.project(state.coefficients - rate * direction), moments), rate)

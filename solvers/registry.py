@@ -5,17 +5,21 @@ from __future__ import annotations
 from .adaptive import AdaptiveGradient
 from .construct import construct
 from .frank_wolfe import FrankWolfe
+from .mirror import MirrorDescent
 from .points import Point, Scan
 from .projected_gradient import ProjectedGradient
 from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
 from .soft_frank_wolfe import SoftFrankWolfe
+from .softmax import SoftmaxGradient
 from .solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
     "frank-wolfe": FrankWolfe,
     "soft-frank-wolfe": SoftFrankWolfe,
     "projected-gradient": ProjectedGradient,
+    "mirror-descent": MirrorDescent,
     "adaptive": AdaptiveGradient,
+    "softmax-gradient": SoftmaxGradient,
     "point": Point,
     "scan": Scan,
     "released-frank-wolfe": ReleasedFrankWolfe,

@@ -26,9 +26,10 @@ class Result:
 
     coefficients: Λ [rows, n], float64; experts: names of its columns; blocks: kind of its rows, layers: rows by layer;
     objective, gap (None on the free domain) and stationarity: recomputed from scratch at ``coefficients`` on all the
-    objective's data; of an objective without gradient, gap is None and stationarity nan; status: see :mod:`.loop`; nit: iterations; best_iteration: the one that is
-    returned; counts: evaluations, gradients, combines, correlates, bytes_read; data: what the objective consumed;
-    trace: records; seconds; peak_memory: bytes of this process.
+    objective's data; of an objective without gradient, gap is None and stationarity nan; status: see
+    :mod:`.loop`; nit: iterations; best_iteration: the one that is returned; counts: evaluations, gradients, combines,
+    correlates, bytes_read; data: what the objective consumed; trace: records; seconds; peak_memory: bytes of this
+    process.
     """
 
     coefficients: np.ndarray
