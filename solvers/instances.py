@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .domains import Box, Capped, Domain, Free, Simplex
+from .l1_ball import L1Ball
 from .problem import FunctionProblem
 
 Array = np.ndarray[Any, Any]
@@ -394,6 +395,23 @@ def on_boxes() -> list[Instance]:
     return made
 
 
+def on_balls() -> list[Instance]:
+    """Return the problems on the ℓ1 ball, where task vectors may be subtracted."""
+    made: list[Instance] = []
+    rng = np.random.default_rng(90)
+    for place, support, total in (("vertex", 1, 1.0), ("face", 3, 1.0), ("interior", 5, 0.6)):
+        point, scores = np.zeros((2, 5)), np.zeros((2, 5))
+        for row in range(2):
+            signs = rng.choice([-1.0, 1.0], 5)
+            level = float(rng.uniform(0.3, 0.6)) if total == 1.0 else 0.0
+            share, excess = hull_row(rng, 5, support, 0.0, total=total)
+            point[row] = signs * share
+            scores[row] = -signs * np.maximum(level - excess, 0.0)
+        properties = ("strongly convex", "product", "coupled", place)
+        made.append(tilted(f"ball {place}", gaussian(rng, 2, 5, coupled=True), point, scores, L1Ball(), *properties))
+    return made
+
+
 INSTANCES: dict[str, Instance] = {
-    instance.name: instance for family in (on_hulls, special, sizes, on_boxes) for instance in family()
+    instance.name: instance for family in (on_hulls, special, sizes, on_boxes, on_balls) for instance in family()
 }

@@ -15,6 +15,7 @@ CONSTRAINTS = {
     "simplex": lambda domain, point: [point >= 0, cp.sum(point, axis=1) == 1],
     "capped": lambda domain, point: [point >= 0, cp.sum(point, axis=1) <= 1],
     "box": lambda domain, point: [point >= domain.lower, point <= domain.upper],
+    "l1-ball": lambda domain, point: [cp.norm1(point[row, :]) <= domain.radius for row in range(point.shape[0])],
     "free": lambda domain, point: [],
 }
 
@@ -98,6 +99,11 @@ def test_properties_are_true(instance):
         assert (inside == (multipliers == 0)).all()
         places = {0: "vertex", rows * n: "interior"}
         assert places.get(int(inside.sum()), "face") in claims
+    elif instance.domain.name == "l1-ball":
+        support, full = (point != 0).sum(axis=1), np.abs(point).sum(axis=1) > instance.domain.radius - 1e-9
+        assert ("vertex" in claims) == bool((full & (support == 1)).all())
+        assert ("face" in claims) == bool((full & (support > 1)).all())
+        assert ("interior" in claims) == (not full.any())
     assert ("product" in claims) == (rows > 1)
     assert ("large" in claims) == (rows >= 40 or n >= 100)
     assert ("single" in claims) == (n == 1)

@@ -14,9 +14,18 @@ from mergesolve.solvers.solver import PROMISES
 TOLERANCE = 1e-8
 ITERATIONS = {"linear": 1000, "sublinear": 150, "none": 60}
 """How many iterations a check gives a solver: a linear rate ends within them, the other promises hold at each."""
-CHEAP = {"soft-frank-wolfe": {"inner_iterations": 5}}
-SLOW = "ill-conditioned", "quartic", "scaled"
-"""Where the constant of a linear rate is below 1e-3, or there is no linear rate."""
+CHEAP = {
+    "soft-frank-wolfe": {"inner_iterations": 5},
+    "bayesian": {"initial": 58},  # values before the first fit, which is what takes time
+}
+SLOW = {
+    "interior": "a vertex of the product is one expert in every block, and the solution needs many of them",
+    "capped interior": "as interior",
+    "40 blocks": "as interior",
+    "scaled": "condition number 4e5",
+    "quartic": "not strongly convex",
+}
+"""Where a linear rate may be too slow for the iterations above, and why: there the gap falls to 1e-3 of its first."""
 RUNNING = [name for name in SOLVERS if not name.startswith("released")]
 """The released variants compare gradients with checkpoints, which these problems do not have."""
 
@@ -138,7 +147,7 @@ def test_a_linear_solver_ends_optimal(solver, name):
     if found.refusal is not None:
         pytest.skip(found.refusal)
     if name in SLOW:
-        assert found.result.objective - found.instance.value <= 1e-3 * found.instance.smoothness
+        assert found.result.gap <= 1e-3 * found.result.trace[0]["gap"]
     else:
         assert found.result.status == "optimal", found.result.message
 
