@@ -4,15 +4,20 @@ result = solve(Problem(pool, objective, blocks="layer", domain="capped"), FrankW
 """
 
 from .adaptive import AdaptiveGradient
+from .bayesian import BayesianOptimization
+from .concrete import Concrete, ConcreteMerge, concrete_merge
 from .constrained import ConstrainedResult, solve_constrained
 from .domains import DOMAINS, Box, Capped, Domain, Free, Simplex, make_domain
 from .driver import solve
 from .errors import OptionError
+from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
 from .l1_ball import L1Ball
 from .loop import STATUSES
 from .mirror import MirrorDescent
+from .nelder_mead import NelderMead
 from .points import Point, Scan, start_point
+from .polytope import Polytope, constrain
 from .presets import PRESETS
 from .problem import Counts, Evaluation, FunctionProblem, MatrixProblem, Problem, Restriction
 from .projected_gradient import ProjectedGradient
@@ -22,6 +27,7 @@ from .result import Result
 from .soft_frank_wolfe import SoftFrankWolfe
 from .softmax import SoftmaxGradient
 from .solver import Certificate, Clock, Solver, State, Step
+from .sparse import Sparse
 from .step_rules import (
     STEP_RULES,
     Backtracking,
@@ -36,6 +42,7 @@ from .step_rules import (
 from .trace import read_trace
 
 __all__ = [
+    "CMAES",
     "DOMAINS",
     "PRESETS",
     "SOLVERS",
@@ -43,10 +50,13 @@ __all__ = [
     "STEP_RULES",
     "AdaptiveGradient",
     "Backtracking",
+    "BayesianOptimization",
     "Box",
     "Capped",
     "Certificate",
     "Clock",
+    "Concrete",
+    "ConcreteMerge",
     "ConstrainedResult",
     "Counts",
     "Domain",
@@ -59,9 +69,11 @@ __all__ = [
     "LineSearch",
     "MatrixProblem",
     "MirrorDescent",
+    "NelderMead",
     "OpenLoop",
     "OptionError",
     "Point",
+    "Polytope",
     "Problem",
     "ProjectedGradient",
     "ReleasedFrankWolfe",
@@ -75,9 +87,12 @@ __all__ = [
     "SoftFrankWolfe",
     "SoftmaxGradient",
     "Solver",
+    "Sparse",
     "State",
     "Step",
     "StepRule",
+    "concrete_merge",
+    "constrain",
     "make_domain",
     "make_solver",
     "make_step_rule",

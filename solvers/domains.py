@@ -58,6 +58,17 @@ class Domain:
         """Return the vertex [rows, n] of a key that :meth:`atom` gave."""
         return atom
 
+    def products(self, atoms: Array, scores: Array) -> Array:
+        """Return ⟨V_k, scores⟩ of the vertices of keys [k, ...] -> [k]."""
+        return np.array([np.sum(self.matrix(atom, scores.shape[1]) * scores) for atom in atoms])
+
+    def blend(self, atoms: Array, weights: Array, rows: int, n: int) -> Array:
+        """Return Σ_k w_k V_k [rows, n] of the vertices of keys [k, ...]."""
+        point = np.zeros((rows, n))
+        for atom, weight in zip(atoms, weights, strict=True):
+            point += weight * self.matrix(atom, n)
+        return point
+
     def vertices(self, scores: Array, k: int = 1) -> Array:
         """Return the k best vertices of each row, best first [k, rows]: the soft oracle. BASE stands for the base."""
         raise OptionError(
@@ -72,6 +83,11 @@ class Domain:
     def stationarity(self, point: Array, scores: Array) -> float:
         """Return ‖Λ − Π(Λ − S)‖, zero exactly at the stationary points of any domain."""
         return float(np.linalg.norm(point - self.project(point - scores)))
+
+    def breach(self, point: Array, row: int) -> str:
+        """Return in words how a row of ``point`` [rows, n] leaves the domain."""
+        least, most = point[row].min(), point[row].max()
+        return f"its coefficients sum to {point[row].sum():.6g} and lie in [{least:.6g}, {most:.6g}]"
 
     @property
     def name(self) -> str:
@@ -117,6 +133,14 @@ class Simplex(Domain):
         """The rows e_i of the chosen experts."""
         return indicator(atom, n)
 
+    def products(self, atoms: Array, scores: Array) -> Array:
+        """Sums of the chosen scores."""
+        return gather(atoms, scores)
+
+    def blend(self, atoms: Array, weights: Array, rows: int, n: int) -> Array:
+        """Weights added where they belong."""
+        return scatter(atoms, weights, rows, n)
+
     def vertices(self, scores: Array, k: int = 1) -> Array:
         """Experts by ascending score; ties go to the first in the pool."""
         return np.argsort(scores, axis=1, kind="stable")[:, :k].T
@@ -154,6 +178,14 @@ class Capped(Domain):
     def matrix(self, atom: Array, n: int) -> Array:
         """The rows e_i of the chosen experts, and rows of zeros for the base."""
         return indicator(atom, n)
+
+    def products(self, atoms: Array, scores: Array) -> Array:
+        """Sums of the chosen scores; the base scores 0."""
+        return gather(atoms, scores)
+
+    def blend(self, atoms: Array, weights: Array, rows: int, n: int) -> Array:
+        """Weights added where they belong; those of the base nowhere."""
+        return scatter(atoms, weights, rows, n)
 
     def vertices(self, scores: Array, k: int = 1) -> Array:
         """Experts and base by ascending score; the base scores 0, since its task vector is 0."""
@@ -228,31 +260,50 @@ def indicator(vertices: Array, n: int) -> Array:
     return rows
 
 
+def gather(atoms: Array, scores: Array) -> Array:
+    """Return Σ_r scores[r, atoms[k, r]] [k], where BASE counts 0."""
+    chosen = scores[np.arange(len(scores)), atoms]
+    found: Array = np.where(atoms == BASE, 0.0, chosen).sum(axis=1)
+    return found
+
+
+def scatter(atoms: Array, weights: Array, rows: int, n: int) -> Array:
+    """Return Σ_k w_k Σ_r e_r e_{atoms[k, r]}ᵀ [rows, n], where BASE adds nothing."""
+    point = np.zeros((rows, n + 1))  # the last column takes what belongs to BASE (−1)
+    index = np.arange(rows)
+    for atom, weight in zip(atoms, weights, strict=True):
+        point[index, atom] += weight
+    return np.ascontiguousarray(point[:, :n])
+
+
 def check_feasible(domain: Domain, point: Array, row_names: tuple[str, ...], what: str) -> None:
     """Raise OptionError if ``point`` leaves the domain by more than 1e-9, naming the worst row."""
     violation = domain.violation(point)
     worst = int(np.argmax(violation))
     if violation[worst] > FEASIBILITY:
-        row = point[worst]
         raise OptionError(
-            f"{what} is outside the domain '{domain.name}' at block '{row_names[worst]}': its coefficients sum to "
-            f"{row.sum():.6g} and lie in [{row.min():.6g}, {row.max():.6g}], a violation of {violation[worst]:.3g}. "
+            f"{what} is outside the domain '{domain.name}' at block '{row_names[worst]}': "
+            f"{domain.breach(point, worst)}, a violation of {violation[worst]:.3g}. "
             "Start from 'average', choose a domain that contains the point ('capped' contains the base, 'free' "
             "everything), or project it first, as 'nearest:average' does."
         )
 
 
-from .l1_ball import L1Ball  # noqa: E402 (a kind of Domain, which has to exist first)
+def make_domain(spec: object) -> Domain:
+    """Return a domain from an instance, a name, or a mapping with a name and options."""
+    return construct("domain", DOMAINS, spec)
+
+
+from .l1_ball import L1Ball  # noqa: E402 (kinds of Domain, which has to exist first)
+from .polytope import Polytope  # noqa: E402
+from .sparse import Sparse  # noqa: E402
 
 DOMAINS: dict[str, type[Domain]] = {
     "simplex": Simplex,
     "capped": Capped,
     "box": Box,
     "l1-ball": L1Ball,
+    "polytope": Polytope,
+    "sparse": Sparse,
     "free": Free,
 }
-
-
-def make_domain(spec: object) -> Domain:
-    """Return a domain from an instance, a name, or a mapping with a name and options."""
-    return construct("domain", DOMAINS, spec)

@@ -277,8 +277,8 @@ class FunctionProblem(MatrixProblem):
     ) -> None:
         self._function = value_and_scores
         self.rows = rows
-        self.domain = make_domain(domain)
         self.experts = tuple(f"expert{i}" for i in range(n))
+        self.domain = make_domain(domain).bind(self.experts, self.row_names, self.layers)
         self.resolution = resolution
         self.quadratic = quadratic
         self.tasks = ("objective",)
@@ -325,9 +325,9 @@ class Problem(MatrixProblem):
         self.pool = pool
         self.objective = objective
         self.blocks: Blocks = pool.blocks(blocks) if isinstance(blocks, (str, Sequence)) else blocks
-        self.domain = make_domain(domain)
         self.rows = self.blocks.count
         self.experts = tuple(pool.names)
+        self.domain = make_domain(domain).bind(self.experts, self.row_names, self.layers)
         self.tasks = tuple(objective.tasks)
         self.task_weights = np.asarray(objective.task_weights, dtype=np.float64)
         self.stochastic = bool(objective.stochastic)
