@@ -64,6 +64,11 @@ TRANSFORMS: dict[str, Entry] = {
         "Drop the entries that fewer than k experts need, by their TALL masks.",
         "Wang et al. (2024), Localizing Task Information (TALL-masks), equations 4 and 6",
     ),
+    "mask": Entry(
+        "mask:Mask",
+        "Multiply by one mask for all experts, from a file.",
+        "Tang et al. (2023), Concrete Subspace Learning, section 4",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Checks that every registered transform passes by being listed, and what each one is by a plain second definition."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ SPECS = [
     {"name": "breadcrumbs", "density": 0.5, "top": 0.1},
     {"name": "elect"},
     {"name": "consensus", "tall": 0.6},
+    {"name": "mask"},
 ]
 
 
@@ -43,9 +45,18 @@ def pool(request, states):
     return Pool.from_state_dicts(*states, backend=request.param)
 
 
+@pytest.fixture(scope="module")
+def mask(states, tmp_path_factory):
+    generator = torch.manual_seed(3)
+    tensors = {name: 2 * torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
+    path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
+    save_file(tensors, path)
+    return str(path), tensors
+
+
 @pytest.fixture(params=SPECS, ids=str)
-def spec(request):
-    return request.param
+def spec(request, mask):
+    return {**request.param, "path": mask[0]} if request.param["name"] == "mask" else request.param
 
 
 def vectors(pool):
@@ -331,3 +342,32 @@ def test_a_density_of_an_expert_that_is_not_there(states):
     pool = Pool.from_state_dicts(*states).transform(make_transform({"name": "trim", "densities": {"e9": 0.5}}))
     with pytest.raises(PoolError, match="there is a density for 'e9', which is no expert"):
         vectors(pool)
+
+
+def test_a_mask_multiplies_every_expert_by_the_same_tensors_of_its_file(states, plain, mask, tmp_path):
+    path, tensors = mask
+    found = transformed(states, name="mask", path=path)
+    for name, values in plain.items():
+        np.testing.assert_allclose(found[name], values * tensors[name].double().numpy(), rtol=1e-6)
+    shutil.copy(path, tmp_path / "copy.safetensors")
+    assert (
+        make_transform({"name": "mask", "path": str(tmp_path / "copy.safetensors")}).label
+        == make_transform({"name": "mask", "path": path}).label
+    )
+    save_file({**tensors, "one": 2 * tensors["one"]}, tmp_path / "other.safetensors")
+    assert (
+        make_transform({"name": "mask", "path": str(tmp_path / "other.safetensors")}).label
+        != make_transform({"name": "mask", "path": path}).label
+    )
+
+
+def test_a_mask_that_does_not_fit_the_pool_is_refused(states, mask, tmp_path):
+    tensors = mask[1]
+    save_file({name: value for name, value in tensors.items() if name != "conv"}, tmp_path / "less.safetensors")
+    with pytest.raises(PoolError, match=r"the mask '.*less.safetensors' lacks 'conv'; it has .*every merged tensor"):
+        transformed(states, name="mask", path=str(tmp_path / "less.safetensors"))
+    save_file({**tensors, "conv": torch.ones(3, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(PoolError, match=r"'conv' has shape \[3, 2\] in the mask .* and \[3, 2, 2, 2\] in the pool"):
+        transformed(states, name="mask", path=str(tmp_path / "other.safetensors"))
+    with pytest.raises(PoolError, match=r"The 'path' parameter of Mask must be the path of a checkpoint. Got 3"):
+        make_transform({"name": "mask", "path": 3})
