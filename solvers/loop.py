@@ -52,10 +52,11 @@ def iterate(
     is deterministic), max_iter, or nonfinite (f or S is NaN or infinite; the coefficients are those before the fault).
     """
     iteration = first
+    scored = solver.needs_scores or (solver.certifies_iterates and problem.has_gradient)
     while True:
         problem.draw(iteration)
         check_step(problem, solver, state.coefficients)
-        if solver.needs_scores:
+        if scored:
             evaluation = problem.evaluate(
                 state.coefficients, tasks=solver.needs_task_scores, raw=solver.needs_raw_inner
             )
@@ -64,7 +65,7 @@ def iterate(
         if not is_finite(evaluation):
             yield Visit(iteration, state, evaluation, UNKNOWN, status=NONFINITE)
             return
-        certificate = solver.certificate(problem, state.coefficients, evaluation) if solver.needs_scores else UNKNOWN
+        certificate = solver.certificate(problem, state.coefficients, evaluation) if scored else UNKNOWN
         status = None
         if not problem.stochastic and certificate.holds(max(tol, rtol * abs(evaluation.value))):
             status = OPTIMAL

@@ -42,6 +42,7 @@ class MirrorDescent(Solver):
     size: float | None = None
     grow: float = 1.5
     mixing: float = 1e-3
+    promise: ClassVar[str] = "sublinear"
     source: ClassVar[str] = "Nemirovski and Yudin (1983); Beck and Teboulle (2003)"
 
     def __post_init__(self) -> None:

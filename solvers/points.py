@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from .domains import FEASIBILITY
 from .errors import OptionError, unknown
 from .problem import Evaluation, MatrixProblem
 from .solver import Clock, Solver, State, Step
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
     from .result import Result
 
 Array = np.ndarray[Any, Any]
-FORMS = ("average", "base", "task-arithmetic:SCALE", "expert:NAME")
+FORMS = ("average", "base", "task-arithmetic:SCALE", "expert:NAME", "nearest:START")
 
 
 def start_point(problem: MatrixProblem, start: str | Array | Result) -> Array:
     """Return a matrix of coefficients [rows, n].
 
     start: "average" (1/n each), "base" (zeros), "task-arithmetic:0.3" (0.3 each), "expert:NAME" (one expert),
-    a matrix [rows, n] or [1, n], or another run's result. Raises OptionError for anything else.
+    "nearest:" and one of these (the nearest point of the domain), a matrix [rows, n] or [1, n], or another run's result.
+    Raises OptionError for anything else.
     """
     shape = (problem.rows, problem.n)
     if isinstance(start, str):
@@ -36,6 +38,8 @@ def start_point(problem: MatrixProblem, start: str | Array | Result) -> Array:
                 return np.full(shape, float(argument))
             except ValueError:
                 raise OptionError(f"'{start}' needs a number after the colon, as in 'task-arithmetic:0.3'.") from None
+        if form == "nearest":
+            return nearest(problem, argument)
         if form == "expert":
             if argument not in problem.experts:
                 raise unknown("expert", argument, problem.experts)
@@ -56,11 +60,19 @@ def start_point(problem: MatrixProblem, start: str | Array | Result) -> Array:
     return point
 
 
+def nearest(problem: MatrixProblem, start: str | Array | Result) -> Array:
+    """Return the point of the domain that is nearest to a starting point: itself where it is inside."""
+    point = start_point(problem, start)
+    inside: Array = problem.domain.violation(point) <= FEASIBILITY
+    return point if inside.all() else problem.domain.project(point)
+
+
 @dataclass(frozen=True)
 class Point(Solver):
     """No step at all: evaluate, certify and record the starting point (average, task arithmetic, one expert)."""
 
     source: ClassVar[str] = "Wortsman et al. (2022) for the average; Ilharco et al. (2023) for task arithmetic"
+    needs_scores: ClassVar[bool] = False
 
     def step(self, problem: MatrixProblem, state: State, evaluation: Evaluation, clock: Clock) -> Step:
         """Stay."""
@@ -76,6 +88,7 @@ class Scan(Solver):
 
     scales: Any = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
     source: ClassVar[str] = "Ilharco et al. (2023)"
+    needs_scores: ClassVar[bool] = False
     may_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from .adaptive import AdaptiveGradient
+from .bayesian import BayesianOptimization
 from .construct import construct
+from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
 from .mirror import MirrorDescent
+from .nelder_mead import NelderMead
 from .points import Point, Scan
 from .projected_gradient import ProjectedGradient
 from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
@@ -20,6 +23,9 @@ SOLVERS: dict[str, type[Solver]] = {
     "mirror-descent": MirrorDescent,
     "adaptive": AdaptiveGradient,
     "softmax-gradient": SoftmaxGradient,
+    "cma-es": CMAES,
+    "nelder-mead": NelderMead,
+    "bayesian": BayesianOptimization,
     "point": Point,
     "scan": Scan,
     "released-frank-wolfe": ReleasedFrankWolfe,

@@ -72,7 +72,8 @@ class Solver:
 
     source: ClassVar[str] = ""
     promise: ClassVar[str] = "none"  # how fast it is on convex objectives (PROMISES), as every test problem checks
-    needs_scores: ClassVar[bool] = True  # False: its steps read values only, and no gradient is computed on the way
+    needs_scores: ClassVar[bool] = True  # False: its steps read values only, so the objective needs no gradient
+    certifies_iterates: ClassVar[bool] = True  # False: where steps need no scores, none are computed on the way either
     needs_task_scores: ClassVar[bool] = False
     needs_raw_inner: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False  # a step may leave Λ as it is without the solve being stuck
