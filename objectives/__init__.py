@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .outputs import features, predictions
     from .proximity import Proximity
     from .statistics import Statistic, fisher_diagonal, grams
+    from .surgery import Surgery, fit_surgery
     from .task import Task, joint
     from .weighted_sum import WeightedSum
 
@@ -42,6 +43,7 @@ _MODULES = {
     "Scores": "evaluation",
     "Statistic": "statistics",
     "SumObjective": "objective",
+    "Surgery": "surgery",
     "Task": "task",
     "TaskObjective": "objective",
     "WeightedSum": "weighted_sum",
@@ -50,6 +52,7 @@ _MODULES = {
     "corrupt": "corruptions",
     "evaluate": "evaluation",
     "fisher_diagonal": "statistics",
+    "fit_surgery": "surgery",
     "grams": "statistics",
     "joint": "task",
     "predictions": "outputs",
@@ -73,6 +76,7 @@ __all__ = [
     "Scores",
     "Statistic",
     "SumObjective",
+    "Surgery",
     "Task",
     "TaskObjective",
     "WeightedSum",
@@ -82,6 +86,7 @@ __all__ = [
     "evaluate",
     "features",
     "fisher_diagonal",
+    "fit_surgery",
     "grams",
     "joint",
     "predictions",

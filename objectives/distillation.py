@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DataError, nearest, some
+from .errors import DataError
 from .models import Model, Weights
 from .objective import TaskObjective, frozen_randomness, is_number, readable_out_of_memory
 from .task import Indices, Task
-
-Teacher = Weights | Callable[[], Weights]
+from .teachers import Teacher, checked_teachers
 
 
 class Distillation(TaskObjective):
@@ -54,17 +53,11 @@ class Distillation(TaskObjective):
                 f"Got {temperature!r} instead."
             )
         self.temperature = float(temperature)
-        self._teachers = dict(teachers)
         self._progress = progress
         self._logits: dict[str, Tensor] = {}
         self._teacher_samples = 0
         super().__init__(model, tasks, batch_size, microbatch, seed, task_weights=task_weights)
-        missing = [name for name in self.tasks if name not in self._teachers]
-        if missing:
-            raise DataError(
-                f"Distillation: no teacher for task {some(missing)};{nearest(missing[0], self._teachers)} "
-                f"Give teachers={{task name: weights, or a callable that returns them}}."
-            )
+        self._teachers = checked_teachers(teachers, self.tasks, type(self).__name__)
 
     def predict(self) -> None:
         """Let the teachers predict now, for all tasks that they have not predicted yet."""
@@ -81,8 +74,7 @@ class Distillation(TaskObjective):
         """Logits [N, C] of the task's teacher, float32 on the CPU."""
         if task.name in self._logits:
             return self._logits[task.name]
-        teacher = self._teachers[task.name]
-        weights = teacher() if callable(teacher) else teacher
+        weights = self._teachers[task.name]()
         self.model.check(weights)
         tensors = {name: tensor.detach().to(self.device) for name, tensor in weights.items()}
         logits = torch.empty(len(task), len(task.classes))
