@@ -291,6 +291,8 @@ def check_feasible(domain: Domain, point: Array, row_names: tuple[str, ...], wha
 
 def make_domain(spec: object) -> Domain:
     """Return a domain from an instance, a name, or a mapping with a name and options."""
+    if isinstance(spec, Domain):  # maybe one that is bound to names, which no table has
+        return spec
     return construct("domain", DOMAINS, spec)
 
 

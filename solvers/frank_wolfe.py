@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .domains import Free
 from .problem import Evaluation, MatrixProblem
-from .solver import Clock, Solver, State, Step, move
+from .solver import Clock, Solver, State, Step, move, require_oracle
 from .step_rules import StepRule, make_step_rule
 
 
@@ -25,7 +24,7 @@ from .step_rules import StepRule, make_step_rule
 class FrankWolfe(Solver):
     """Frank-Wolfe with the hard oracle: one vertex a block, a step rule for γ.
 
-    step: a step rule, by object, name or mapping ("line-search", {"name": "open-loop", "offset": 2}, ...).
+    step_rule: by object, name or mapping ("line-search", {"name": "open-loop", "offset": 2}, ...).
     """
 
     step_rule: Any = "line-search"
@@ -36,9 +35,8 @@ class FrankWolfe(Solver):
         object.__setattr__(self, "step_rule", make_step_rule(self.step_rule))
 
     def check(self, problem: MatrixProblem) -> None:
-        """Refuse unbounded domains."""
-        if isinstance(problem.domain, Free):
-            problem.domain.minimizer(np.zeros((1, 1)))
+        """Refuse domains without an oracle."""
+        require_oracle(problem)
 
     def init(self, problem: MatrixProblem, start: np.ndarray) -> State:
         """Start with an empty memory for the step rule."""

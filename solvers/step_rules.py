@@ -1,7 +1,11 @@
 """How far to go along a direction: one small class a rule.
 
-A rule sees a :class:`Search` (the restriction f(Λ + γD), its value and slope at 0) and returns γ in [0, limit]; what
-it must remember to the next iteration it keeps in a plain dictionary of arrays, which the driver saves with the state.
+A rule sees a :class:`Search` (the restriction φ(γ) = f(Λ + γD), its value and slope at 0) and returns γ in [0, limit];
+what it must remember to the next iteration it keeps in a plain dictionary of arrays, which the driver saves with the
+state. A rule says by its traits what it relies on, and a solver refuses the traits that it cannot work with:
+
+    SCHEDULE   γ is known before f is: no step is promised to descend
+    SEARCH     f or its slope is evaluated along a direction that must descend for that same f
 """
 
 from __future__ import annotations
@@ -14,9 +18,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .construct import construct, describe
-from .errors import check_number
+from .errors import OptionError, check_number
 
 Memory = dict[str, np.ndarray]
+SCHEDULE = "schedule"
+SEARCH = "search"
+HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Search:
     """What a step rule may know.
 
     iteration: counted from 0; value: f at γ = 0; slope: ⟨S, D⟩, negative along a descent direction; squared_norm: ‖D‖²;
-    limit: the largest feasible γ; along: γ -> f(Λ + γD), one evaluation each call; resolution: relative noise of f.
+    limit: the largest feasible γ; along: γ -> f(Λ + γD), one evaluation each call; resolution: relative noise of f;
+    slope_along: γ -> ⟨S(Λ + γD), D⟩, one gradient each call; quadratic: f is known to be a quadratic.
     """
 
     iteration: int
@@ -34,6 +42,22 @@ class Search:
     limit: float
     along: Callable[[float], float]
     resolution: float = 0.0
+    slope_along: Callable[[float], float] | None = None
+    quadratic: bool = False
+
+    @property
+    def slack(self) -> float:
+        """By how much two values may differ and yet be the same."""
+        return self.resolution * abs(self.value)
+
+    def slope_at(self, step: float) -> float:
+        """Return φ'(γ). Raises OptionError where the lines of the problem have no slope."""
+        if self.slope_along is None:
+            raise OptionError(
+                "This step rule reads the slope along the line, and the problem offers values only. "
+                "Use 'line-search', 'brent', 'armijo' or 'backtracking'."
+            )
+        return self.slope_along(step)
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,7 @@ class StepRule:
     """Common part of the step rules."""
 
     source: ClassVar[str] = ""
+    traits: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, search: Search, memory: Memory) -> float:
         """Return γ in [0, search.limit]; ``memory`` may be updated in place."""
@@ -61,6 +86,7 @@ class LineSearch(StepRule):
     evaluations: int = 10
     xtol: float = 1e-4
     source: ClassVar[str] = "FW-Merging, eq. 3; Brent (1973)"
+    traits: ClassVar[frozenset[str]] = frozenset({SEARCH})
 
     def __post_init__(self) -> None:
         check_number(self, "evaluations", 2, math.inf, closed="left", integer=True)
@@ -68,8 +94,6 @@ class LineSearch(StepRule):
 
     def __call__(self, search: Search, memory: Memory) -> float:
         """Try the end of the segment, then the minimum of a quadratic, then Brent; keep the lowest value seen."""
-        from scipy.optimize import minimize_scalar  # half of what `mergesolve list` would take
-
         trials = {0.0: search.value}
 
         def value(step: float) -> float:
@@ -87,13 +111,36 @@ class LineSearch(StepRule):
             found = value(guess)
             if abs(found - predicted) <= 1e-3 * abs(predicted - search.value) + search.resolution * abs(found):
                 return min(trials, key=trials.__getitem__)
-        minimize_scalar(
-            value,
-            bounds=(0.0, end),
-            method="bounded",
-            options={"xatol": self.xtol * end, "maxiter": max(1, self.evaluations - len(trials) + 1)},
-        )
-        return min(trials, key=lambda step: (trials[step] if math.isfinite(trials[step]) else math.inf, step))
+        brent(value, end, self.xtol, max(1, self.evaluations - len(trials) + 1))
+        return lowest(trials)
+
+
+@dataclass(frozen=True)
+class Brent(StepRule):
+    """γ = argmin f(Λ + γD) on [0, limit] by bounded Brent from the start, without a quadratic guess.
+
+    evaluations: at most; xtol: relative to the limit. For segments along which f is far from a quadratic.
+    """
+
+    evaluations: int = 15
+    xtol: float = 1e-4
+    source: ClassVar[str] = "Brent (1973), chapter 5; scipy.optimize.minimize_scalar"
+    traits: ClassVar[frozenset[str]] = frozenset({SEARCH})
+
+    def __post_init__(self) -> None:
+        check_number(self, "evaluations", 3, math.inf, closed="left", integer=True)
+        check_number(self, "xtol", 0, 1, closed="neither")
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Try the limit, which Brent never does, then search inside; keep the lowest value seen."""
+        trials = {0.0: search.value, search.limit: search.along(search.limit)}
+
+        def value(step: float) -> float:
+            trials[step] = search.along(step)
+            return trials[step]
+
+        brent(value, search.limit, self.xtol, self.evaluations - 1)
+        return lowest(trials)
 
 
 @dataclass(frozen=True)
@@ -103,6 +150,7 @@ class OpenLoop(StepRule):
     offset: float = 2.0
     scale: float = 1.0
     source: ClassVar[str] = "Jaggi (2013); Wirth, Kerdreux and Pokutta (2023) for offset ≠ 2"
+    traits: ClassVar[frozenset[str]] = frozenset({SCHEDULE})
 
     def __post_init__(self) -> None:
         check_number(self, "offset", 0, math.inf, closed="neither")
@@ -111,6 +159,41 @@ class OpenLoop(StepRule):
     def __call__(self, search: Search, memory: Memory) -> float:
         """Return the scheduled step, cut at the limit."""
         return min(self.scale * self.offset / (search.iteration + self.offset), search.limit)
+
+
+@dataclass(frozen=True)
+class Logarithmic(StepRule):
+    """γ_t = (2 + log(t + 1)) / (t + 2 + log(t + 1)): an open loop whose offset grows, for any rate that f allows.
+
+    The offset ℓ of the open loop caps its rate at t^−ℓ; one that grows like log t caps it at no power.
+    """
+
+    source: ClassVar[str] = "Pokutta (2024), The Frank-Wolfe algorithm: a short introduction"
+    traits: ClassVar[frozenset[str]] = frozenset({SCHEDULE})
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Return the scheduled step, cut at the limit."""
+        grown = math.log(search.iteration + 1)
+        return min((2 + grown) / (search.iteration + 2 + grown), search.limit)
+
+
+@dataclass(frozen=True)
+class SquareRoot(StepRule):
+    """γ_t = scale / √(t + 1): the schedule for objectives that are not convex, where the gap falls like 1/√t.
+
+    scale: of every step.
+    """
+
+    scale: float = 1.0
+    source: ClassVar[str] = "Reddi, Sra, Poczos and Smola (2016); Lacoste-Julien (2016)"
+    traits: ClassVar[frozenset[str]] = frozenset({SCHEDULE})
+
+    def __post_init__(self) -> None:
+        check_number(self, "scale", 0, 1, closed="right")
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Return the scheduled step, cut at the limit."""
+        return min(self.scale / math.sqrt(search.iteration + 1), search.limit)
 
 
 @dataclass(frozen=True)
@@ -140,6 +223,7 @@ class Backtracking(StepRule):
     shrink: float = 0.9
     grow: float = 2.0
     source: ClassVar[str] = "Pedregosa, Negiar, Askari and Jaggi (2020), algorithm 2"
+    traits: ClassVar[frozenset[str]] = frozenset({SEARCH})
 
     def __post_init__(self) -> None:
         check_number(self, "shrink", 0, 1, closed="right")
@@ -153,15 +237,142 @@ class Backtracking(StepRule):
             smoothness = float(memory["smoothness"]) * self.shrink
         else:
             smoothness = -search.slope / (search.squared_norm * search.limit)
-        slack = search.resolution * abs(search.value)
-        for _ in range(60):
+        for _ in range(HALVINGS):
             step = min(-search.slope / (smoothness * search.squared_norm), search.limit)
             bound = search.value + step * search.slope + 0.5 * step**2 * smoothness * search.squared_norm
-            if search.along(step) <= bound + slack:
+            if search.along(step) <= bound + search.slack:
                 memory["smoothness"] = np.array(smoothness)
                 return step
             smoothness *= self.grow
         return 0.0
+
+
+@dataclass(frozen=True)
+class Armijo(StepRule):
+    """The first γ of limit, β limit, β² limit, ... with f(Λ + γD) ≤ f(Λ) + σ γ ⟨S, D⟩.
+
+    shrink: β; decrease: σ, the share of the linear decrease that is asked for.
+    """
+
+    shrink: float = 0.5
+    decrease: float = 0.1
+    source: ClassVar[str] = "Armijo (1966); Dunn (1980) for Frank-Wolfe"
+    traits: ClassVar[frozenset[str]] = frozenset({SEARCH})
+
+    def __post_init__(self) -> None:
+        check_number(self, "shrink", 0, 1, closed="neither")
+        check_number(self, "decrease", 0, 1, closed="neither")
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Shrink from the limit; 0 if the direction does not descend."""
+        step = search.limit
+        for _ in range(HALVINGS if search.slope < 0 else 0):
+            if search.along(step) <= search.value + self.decrease * step * search.slope + search.slack:
+                return step
+            step *= self.shrink
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Secant(StepRule):
+    """The zero of the slope φ'(γ) = ⟨S(Λ + γD), D⟩ on [0, limit] by secants in a bracket; one gradient a trial.
+
+    Slopes resolve what values cannot: near an optimum f changes by the square of the step. The first trial uses the
+    curvature of the last search; a known quadratic needs no more. evaluations: trials at most; tol: accepts
+    |φ'(γ)| ≤ tol |φ'(0)|.
+    """
+
+    evaluations: int = 8
+    tol: float = 1e-3
+    source: ClassVar[str] = "Hendrych, Besançon, Martínez-Rubio and Pokutta (2025), Secant line search for Frank-Wolfe"
+    traits: ClassVar[frozenset[str]] = frozenset({SEARCH})
+
+    def __post_init__(self) -> None:
+        check_number(self, "evaluations", 1, math.inf, closed="left", integer=True)
+        check_number(self, "tol", 0, 1, closed="left")
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Keep low (φ' < 0) and high (φ' > 0 or not finite) around the zero, and try where the secant crosses 0."""
+        if search.slope >= 0:
+            return 0.0
+        low, high = (0.0, search.slope), (search.limit, math.nan)
+        trial = search.limit
+        if "curvature" in memory:
+            trial = min(trial, -search.slope / (float(memory["curvature"]) * search.squared_norm))
+        for _ in range(self.evaluations):
+            last, slope = low, search.slope_at(trial)
+            curvature = (slope - search.slope) / (trial * search.squared_norm)
+            if math.isfinite(curvature) and curvature > 0:
+                memory["curvature"] = np.array(curvature)
+                if search.quadratic:
+                    return min(-search.slope / (curvature * search.squared_norm), search.limit)
+            if abs(slope) <= self.tol * abs(search.slope) or (slope <= 0 and trial == search.limit):
+                return trial
+            if slope < 0:
+                low = (trial, slope)
+            else:
+                high = (trial, slope)
+            if math.isfinite(high[1]):
+                width = high[0] - low[0]
+                inside = low[0] - low[1] * width / (high[1] - low[1])
+                trial = min(max(inside, low[0] + 0.01 * width), high[0] - 0.01 * width)
+            elif slope < 0:  # no upper end yet: extrapolate
+                steeper = slope <= last[1]
+                trial = high[0] if steeper else min(trial - slope * (trial - last[0]) / (slope - last[1]), high[0])
+            else:  # not finite there: look closer
+                trial = 0.5 * (low[0] + trial)
+        return low[0]
+
+
+@dataclass(frozen=True)
+class Exact(StepRule):
+    """γ = −⟨S, D⟩ / ⟨D, H D⟩, the minimizer along the line of a quadratic, cut at the limit; one gradient.
+
+    ⟨D, H D⟩ = (φ'(limit) − φ'(0)) / limit, whatever H is. Where f is not known to be a quadratic, one evaluation checks
+    the step, and halves it while f is above f(Λ).
+    """
+
+    source: ClassVar[str] = "Levitin and Polyak (1966); Lacoste-Julien and Jaggi (2015), line search on quadratics"
+    traits: ClassVar[frozenset[str]] = frozenset({SEARCH})
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Read the curvature from the slopes at both ends."""
+        if search.slope >= 0:
+            return 0.0
+        end = search.limit
+        while not math.isfinite(slope := search.slope_at(end)):
+            end /= 4  # the model overflows far out: look closer
+            if end < search.limit * 4.0**-HALVINGS:
+                return 0.0
+        curvature = (slope - search.slope) / end
+        step = min(-search.slope / curvature, search.limit) if curvature > 0 else end
+        return step if search.quadratic else halved(step, search)
+
+
+@dataclass(frozen=True)
+class Monotone(StepRule):
+    """Any rule, its step halved until f does not increase: f(Λ + γD) ≤ f(Λ).
+
+    rule: the step rule to keep in check.
+    """
+
+    rule: Any = "open-loop"
+    source: ClassVar[str] = "Carderera, Besançon and Pokutta (2021), Simple steps are all you need"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", make_step_rule(self.rule))
+        if isinstance(self.rule, Monotone):
+            raise OptionError("The 'rule' parameter of Monotone must be another rule; it is monotone already.")
+
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        """Those of the rule, and the evaluations."""
+        found: frozenset[str] = self.rule.traits
+        return found | {SEARCH}
+
+    def __call__(self, search: Search, memory: Memory) -> float:
+        """Ask the rule, then halve."""
+        return halved(self.rule(search, memory), search)
 
 
 @dataclass(frozen=True)
@@ -170,6 +381,7 @@ class Fixed(StepRule):
 
     step: float = 0.1
     source: ClassVar[str] = "Freund and Grigas (2016)"
+    traits: ClassVar[frozenset[str]] = frozenset({SCHEDULE})
 
     def __post_init__(self) -> None:
         check_number(self, "step", 0, 1, closed="right")
@@ -179,12 +391,41 @@ class Fixed(StepRule):
         return min(self.step, search.limit)
 
 
+def brent(value: Callable[[float], float], end: float, xtol: float, evaluations: int) -> None:
+    """Evaluate ``value`` where bounded Brent on [0, end] looks."""
+    from scipy.optimize import minimize_scalar  # half of what `mergesolve list` would take
+
+    options = {"xatol": xtol * end, "maxiter": evaluations}
+    minimize_scalar(value, bounds=(0.0, end), method="bounded", options=options)
+
+
+def lowest(trials: dict[float, float]) -> float:
+    """Return the step of the lowest finite value, the shortest of them."""
+    return min(trials, key=lambda step: (trials[step] if math.isfinite(trials[step]) else math.inf, step))
+
+
+def halved(step: float, search: Search) -> float:
+    """Return ``step`` halved until f is at most f(Λ), or 0 if that never comes."""
+    for _ in range(HALVINGS if step > 0 else 0):
+        if search.along(step) <= search.value + search.slack:
+            return step
+        step /= 2
+    return 0.0
+
+
 STEP_RULES: dict[str, type[StepRule]] = {
     "line-search": LineSearch,
-    "open-loop": OpenLoop,
-    "short-step": ShortStep,
+    "exact": Exact,
+    "secant": Secant,
+    "brent": Brent,
+    "armijo": Armijo,
     "backtracking": Backtracking,
+    "short-step": ShortStep,
+    "open-loop": OpenLoop,
+    "logarithmic": Logarithmic,
+    "square-root": SquareRoot,
     "fixed": Fixed,
+    "monotone": Monotone,
 }
 
 
