@@ -4,7 +4,9 @@ result = solve(Problem(pool, objective, blocks="layer", domain="capped"), FrankW
 """
 
 from .adaptive import AdaptiveGradient
+from .away_frank_wolfe import AwayFrankWolfe
 from .bayesian import BayesianOptimization
+from .blended_frank_wolfe import BlendedPairwiseFrankWolfe
 from .concrete import Concrete, ConcreteMerge, concrete_merge
 from .constrained import ConstrainedResult, solve_constrained
 from .domains import DOMAINS, Box, Capped, Domain, Free, Simplex, make_domain
@@ -16,6 +18,7 @@ from .l1_ball import L1Ball
 from .loop import STATUSES
 from .mirror import MirrorDescent
 from .nelder_mead import NelderMead
+from .pairwise_frank_wolfe import PairwiseFrankWolfe
 from .points import Point, Scan, start_point
 from .polytope import Polytope, constrain
 from .presets import PRESETS
@@ -30,12 +33,19 @@ from .solver import Certificate, Clock, Solver, State, Step
 from .sparse import Sparse
 from .step_rules import (
     STEP_RULES,
+    Armijo,
     Backtracking,
+    Brent,
+    Exact,
     Fixed,
     LineSearch,
+    Logarithmic,
+    Monotone,
     OpenLoop,
     Search,
+    Secant,
     ShortStep,
+    SquareRoot,
     StepRule,
     make_step_rule,
 )
@@ -49,9 +59,13 @@ __all__ = [
     "STATUSES",
     "STEP_RULES",
     "AdaptiveGradient",
+    "Armijo",
+    "AwayFrankWolfe",
     "Backtracking",
     "BayesianOptimization",
+    "BlendedPairwiseFrankWolfe",
     "Box",
+    "Brent",
     "Capped",
     "Certificate",
     "Clock",
@@ -61,17 +75,21 @@ __all__ = [
     "Counts",
     "Domain",
     "Evaluation",
+    "Exact",
     "Fixed",
     "FrankWolfe",
     "Free",
     "FunctionProblem",
     "L1Ball",
     "LineSearch",
+    "Logarithmic",
     "MatrixProblem",
     "MirrorDescent",
+    "Monotone",
     "NelderMead",
     "OpenLoop",
     "OptionError",
+    "PairwiseFrankWolfe",
     "Point",
     "Polytope",
     "Problem",
@@ -82,12 +100,14 @@ __all__ = [
     "Result",
     "Scan",
     "Search",
+    "Secant",
     "ShortStep",
     "Simplex",
     "SoftFrankWolfe",
     "SoftmaxGradient",
     "Solver",
     "Sparse",
+    "SquareRoot",
     "State",
     "Step",
     "StepRule",

@@ -530,7 +530,10 @@ class WeightLine:
         self._move(step)
         self._problem.counts.gradients += 1
         with self._problem.timed("objective"):
-            gradient = self._problem.objective.value_and_grad(self._trial).gradient
+            found = self._problem.objective.value_and_grad(self._trial)
+        if not math.isfinite(found.loss):
+            return math.nan
+        gradient = found.gradient
         return math.fsum(float((tensor.double() * self._moved[name]).sum()) for name, tensor in gradient.items())
 
     def accept(self, step: float, point: Array | None = None) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from .adaptive import AdaptiveGradient
+from .away_frank_wolfe import AwayFrankWolfe
 from .bayesian import BayesianOptimization
+from .blended_frank_wolfe import BlendedPairwiseFrankWolfe
 from .construct import construct
 from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
+from .mgda import MGDA, PCGrad
+from .minimax import Minimax
 from .mirror import MirrorDescent
 from .nelder_mead import NelderMead
+from .pairwise_frank_wolfe import PairwiseFrankWolfe
 from .points import Point, Scan
 from .projected_gradient import ProjectedGradient
 from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
@@ -18,6 +23,9 @@ from .solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
     "frank-wolfe": FrankWolfe,
+    "away-frank-wolfe": AwayFrankWolfe,
+    "pairwise-frank-wolfe": PairwiseFrankWolfe,
+    "blended-pairwise-frank-wolfe": BlendedPairwiseFrankWolfe,
     "soft-frank-wolfe": SoftFrankWolfe,
     "projected-gradient": ProjectedGradient,
     "mirror-descent": MirrorDescent,
@@ -28,6 +36,9 @@ SOLVERS: dict[str, type[Solver]] = {
     "bayesian": BayesianOptimization,
     "point": Point,
     "scan": Scan,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "minimax": Minimax,
     "released-frank-wolfe": ReleasedFrankWolfe,
     "released-soft-frank-wolfe": ReleasedSoftFrankWolfe,
 }

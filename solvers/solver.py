@@ -7,6 +7,7 @@ writes a loop, a trace or a file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from .construct import describe
 from .domains import Domain
 from .errors import OptionError
-from .problem import Evaluation, MatrixProblem
+from .problem import Evaluation, Line, MatrixProblem
 from .step_rules import Memory, Search, StepRule
 
 Array = np.ndarray[Any, Any]
@@ -110,6 +111,31 @@ class Solver:
         return describe(self, SOLVERS)
 
 
+def seek(
+    rule: StepRule,
+    problem: MatrixProblem,
+    state: State,
+    evaluation: Evaluation,
+    direction: Array,
+    limit: float,
+    iteration: int,
+) -> tuple[Line, float]:
+    """Return the line Λ + γD and the rule's γ in [0, limit]; the rule remembers in ``state.memory``."""
+    line = problem.line(state.coefficients, direction)
+    search = Search(
+        iteration=iteration,
+        value=evaluation.value,
+        slope=float(np.sum(direction * evaluation.scores)),
+        squared_norm=float(np.sum(direction**2)),
+        limit=limit,
+        along=line.value,
+        resolution=problem.resolution,
+        slope_along=getattr(line, "slope", None),
+        quadratic=problem.quadratic,
+    )
+    return line, rule(search, state.memory)
+
+
 def move(
     rule: StepRule,
     problem: MatrixProblem,
@@ -122,19 +148,27 @@ def move(
     """Return Λ + γD and γ, with γ in [0, limit] from the step rule."""
     if not np.any(direction):
         return state.coefficients, 0.0
-    line = problem.line(state.coefficients, direction)
-    search = Search(
-        iteration=iteration,
-        value=evaluation.value,
-        slope=float(np.sum(direction * evaluation.scores)),
-        squared_norm=float(np.sum(direction**2)),
-        limit=limit,
-        along=line.value,
-        resolution=problem.resolution,
-    )
-    size = rule(search, state.memory)
+    line, size = seek(rule, problem, state, evaluation, direction, limit, iteration)
     line.accept(size)
     return state.coefficients + size * direction, size
+
+
+def require_traits(solver: Solver, rule: StepRule, refused: Mapping[str, str]) -> None:
+    """Raise OptionError if the rule relies on something that the solver cannot offer: ``refused`` {trait: reason}."""
+    for trait, reason in refused.items():
+        if trait in rule.traits:
+            name = rule.describe()["name"]
+            raise OptionError(f"The step rule {name!r} cannot drive {type(solver).__name__}: {reason}.")
+
+
+def require_oracle(problem: MatrixProblem) -> None:
+    """Raise OptionError unless the domain is convex and has a linear minimization oracle."""
+    if not problem.domain.convex:
+        raise OptionError(
+            f"Frank-Wolfe moves along segments between points of the domain, and those leave {problem.domain.name!r}, "
+            "which is not convex. Use 'projected-gradient', which projects each step."
+        )
+    problem.domain.minimizer(np.zeros((problem.rows, problem.n)))
 
 
 def require_vertices(solver: str, problem: MatrixProblem) -> None:
