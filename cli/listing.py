@@ -71,9 +71,9 @@ def _entry(name: str, entry: Any) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("kind", required=False, metavar="[KIND]")
+@click.argument("kinds", nargs=-1, metavar="[KIND]...")
 @json_flag
-def command(kind: str | None, as_json: bool) -> None:
+def command(kinds: tuple[str, ...], as_json: bool) -> None:
     """List what can be named: solvers, rules (step rules), domains, objectives, presets; methods of `merge`;
     transforms of a pool; selectors of experts; steps and protocols of `federate`. All of them without KIND.
 
@@ -83,12 +83,13 @@ def command(kind: str | None, as_json: bool) -> None:
     Examples:
       mergesolve list
       mergesolve list presets
+      mergesolve list solvers rules domains objectives
       mergesolve list solvers --json
     """
     from .console import print_json, show
 
-    kinds = KINDS if kind is None else (choose("kind", kind, KINDS),)
-    found = {kind: entries(kind) for kind in kinds}
+    chosen = tuple(choose("kind", kind, KINDS) for kind in kinds) or KINDS
+    found = {kind: entries(kind) for kind in chosen}
     if as_json:
         print_json(found)
         return

@@ -168,6 +168,10 @@ def test_list_names_every_entry_of_every_registry_once(run):
     }
 
 
+def test_list_takes_several_kinds_in_the_order_asked_for(run):
+    assert list(json.loads(run("list", "rules", "solvers", "--json").stdout)) == ["rules", "solvers"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_list_has_one_line_for_each_and_a_source_for_each_method(kind, run):
     entries = json.loads(run("list", kind, "--json").stdout)[kind]
