@@ -76,6 +76,25 @@ data_flags = _apply(
     ]
 )
 
+constraint_flags = _apply(
+    [
+        click.option(
+            "--constraint",
+            "constraints",
+            multiple=True,
+            metavar="TEXT",
+            help="A linear constraint, such as 'sum(digits, chess) <= 0.3', or 'count(*) <= 3'. Repeatable.",
+        ),
+        click.option(
+            "--group",
+            "groups",
+            multiple=True,
+            metavar="NAME=EXPERT,...",
+            help="A name for several experts (globs, too), for use in constraints. Repeatable.",
+        ),
+    ]
+)
+
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of tables.")
 
 
@@ -101,6 +120,17 @@ def pool_fields(flags: Mapping[str, Any], *, zoo: bool) -> dict[str, Any]:
         fields["select"] = named_options(flags["select"], "--select")
     if flags.get("transforms"):
         fields["transforms"] = [named_options(text, "--transform") for text in flags["transforms"]]
+    return fields
+
+
+def constraint_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's `constraints` and `groups` from --constraint and --group."""
+    fields: dict[str, Any] = {}
+    if flags.get("constraints"):
+        fields["constraints"] = list(flags["constraints"])
+    if flags.get("groups"):
+        groups = parse_assignments(flags["groups"], "--group")
+        fields["groups"] = {name: [part.strip() for part in members.split(",")] for name, members in groups.items()}
     return fields
 
 
@@ -188,7 +218,8 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
     fields: dict[str, Any] = {}
     if recipe_file is not None:
         fields = relative_to(read_yaml(recipe_file, "recipe"), Path(recipe_file).parent)
-    over = live_fields(flags, fields, test=test)
+    own_start = "start" in fields or flags.get("start") is not None
+    over = {**live_fields(flags, fields, test=test), **constraint_fields(flags)}
     plain = ("preset", "solver", "objective", "domain", "start", "max_iter", "tol", "rtol", "time_limit", "seed")
     for name in (*plain, "split", "limit", "mixed"):
         if flags.get(name) is not None:
@@ -208,4 +239,7 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
             assign(fields, path, from_yaml(value))
         except yaml.YAMLError:
             raise UsageProblem(f"--set '{pair}': the value is not YAML.") from None
+        own_start = own_start or path == "start"
+    if fields.get("constraints") and not own_start:  # the default or the preset's start may not satisfy them
+        fields["start"] = f"nearest:{fields.get('start', Recipe().start)}"
     return from_mapping(fields, PRESETS)

@@ -126,8 +126,10 @@ class Recipe:
     """A solve, completely.
 
     zoo: pool, model and tasks come from the embedded benchmark, or from the folder that `zoo build` left. split,
-    limit, mixed: what tasks use that do not say it themselves. start: average, base, task-arithmetic:SCALE,
-    expert:NAME, or run:FOLDER (another run's result). preset: the named recipe whose fields stand under these.
+    limit, mixed: what tasks use that do not say it themselves. constraints: texts such as 'sum(digits, chess) <= 0.3',
+    within the domain; groups: name -> experts and globs, for use in them. start: average, base,
+    task-arithmetic:SCALE, expert:NAME, run:FOLDER (another run's result), or nearest:START, the nearest point that
+    satisfies everything. preset: the named recipe whose fields stand under these.
     """
 
     zoo: bool | str = False
@@ -140,6 +142,8 @@ class Recipe:
     objective: Choice | tuple[Choice, ...] = field(default_factory=lambda: Choice("cross-entropy"))
     blocks: str | tuple[str, ...] = "layer"
     domain: Choice = field(default_factory=lambda: Choice("simplex"))
+    constraints: tuple[str, ...] = ()
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     solver: Choice = field(default_factory=lambda: Choice("frank-wolfe"))
     start: str = "average"
     max_iter: int = 100
@@ -318,9 +322,9 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
             fields["pool"]["experts"] = {name: place(path) for name, path in experts.items()}
         elif isinstance(experts, (list, tuple)):
             fields["pool"]["experts"] = [place(path) for path in experts]
-    form, _, folder_of_run = str(fields.get("start", "")).partition(":")
-    if form == "run":
-        fields["start"] = f"run:{place(folder_of_run)}"
+    form, of_a_run, folder_of_run = str(fields.get("start", "")).partition("run:")
+    if of_a_run and form in ("", "nearest:"):
+        fields["start"] = f"{form}run:{place(folder_of_run)}"
     if isinstance(fields.get("zoo"), str):
         fields["zoo"] = place(fields["zoo"])
     statistics = fields.get("statistics")

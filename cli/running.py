@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import counting, follow, number, print_json, show, warn
+from .console import counting, follow, note, number, print_json, show, warn
 from .errors import OK, Interrupted, SolveFailed
 from .names import UsageProblem
 from .recipe import Recipe, from_mapping, plain, read_yaml, to_yaml
@@ -188,6 +188,8 @@ def execute(
         setup.check_names()
         problem, solver, start = setup.problem, setup.solver, setup.start
         complete = setup.resolved()
+        if setup.remark is not None and not quiet and not resume:
+            note(setup.remark)
         with follow(label, recipe.max_iter, quiet=quiet) as follower, _writing(folder, resume=resume) as keep:
 
             def watch(record: dict[str, Any]) -> None:

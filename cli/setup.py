@@ -14,9 +14,12 @@ from .names import UsageProblem, choose, unknown
 from .recipe import Choice, ModelPart, PoolPart, Recipe, TaskPart
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ..objectives import Task
     from ..pools import Blocks, Pool
-    from ..solvers import Problem, Result, Solver
+    from ..solvers import Domain, Problem, Result, Solver
     from ..solvers.selection import Selection
 
 PROVIDED = ("model", "tasks", "teachers", "task_weights", "progress", "self")  # what a recipe gives by other fields
@@ -262,9 +265,16 @@ class Setup:
     @cached_property
     def problem(self) -> Problem:
         """Pool, objective, blocks and domain together."""
-        from ..solvers import Problem, make_domain
+        from ..solvers import Problem
 
-        return Problem(self.pool, self.objective, blocks=self.blocks, domain=make_domain(self.recipe.domain.plain()))
+        domain = self.domain  # before the objective: constraints without a solution cost nobody a model
+        return Problem(self.pool, self.objective, blocks=self.blocks, domain=domain)
+
+    @cached_property
+    def domain(self) -> Domain:
+        """The feasible set, with the constraints over the pool's experts and the blocks."""
+        blocks = self.blocks
+        return asked_domain(self.recipe).bind(self.pool.names, blocks.names, blocks.layers)
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -281,12 +291,36 @@ class Setup:
         return make_solver(self.recipe.solver.plain())
 
     @cached_property
-    def start(self) -> str | Result:
+    def start(self) -> str | Result | NDArray[np.float64]:
         """Where the solve begins."""
         from ..solvers import Result
+        from ..solvers.points import nearest
 
-        form, _, argument = self.recipe.start.partition(":")
-        return Result.load(argument) if form == "run" else self.recipe.start
+        wanted = self.recipe.start.removeprefix("nearest:")
+        form, _, argument = wanted.partition(":")
+        start = Result.load(argument) if form == "run" else wanted
+        return start if wanted == self.recipe.start else nearest(self.problem, start)
+
+    @property
+    def remark(self) -> str | None:
+        """What to tell of a start that was moved to the nearest point of the domain."""
+        import numpy as np
+
+        from ..solvers import start_point
+        from ..solvers.domains import FEASIBILITY
+
+        wanted = self.recipe.start.removeprefix("nearest:")
+        if wanted == self.recipe.start or wanted.startswith("run:"):
+            return None
+        domain, point = self.problem.domain, start_point(self.problem, wanted)
+        violation = domain.violation(point)
+        row = int(np.argmax(violation))
+        if violation[row] <= FEASIBILITY:
+            return None
+        return (
+            f"start: '{wanted}' is outside of the domain ({domain.breach(point, row)}); the solve begins at the point "
+            "of the domain that is nearest."
+        )
 
     def check_names(self) -> None:
         """Find misspelled names and options before any file is opened."""
@@ -301,6 +335,7 @@ class Setup:
             check_selector(self.recipe.pool.select)
         choose("domain", self.recipe.domain.name, DOMAINS)
         check_domain_options(self.recipe.domain)
+        self._check_constraints()
         for choice in self.recipe.objectives:
             check_objective(choice)
         if len(self.recipe.objectives) == 1 and "weight" in self.recipe.objectives[0].options:
@@ -323,10 +358,25 @@ class Setup:
                 "--objective distillation, or leave it out."
             )
 
+    def _check_constraints(self) -> None:
+        """Refuse constraints that cannot be read, and where the recipe names its experts, those without a solution."""
+        from ..solvers import Polytope
+
+        domain, part = asked_domain(self.recipe), self.recipe.pool
+        experts: Sequence[str] = tuple(part.experts) if self.recipe.zoo or isinstance(part.experts, dict) else ()
+        if isinstance(domain, Polytope) and self.recipe.zoo and not experts:
+            experts = tuple(self.zoo.task_experts)
+        if isinstance(domain, Polytope) and experts and part.select is None:
+            domain.check(experts)
+
     def resolved(self) -> Recipe:
         """The recipe with every default filled in and every path absolute."""
         recipe = self.recipe
-        form, _, argument = recipe.start.partition(":")
+        form, of_a_run, argument = recipe.start.partition("run:")
+        of_a_run = of_a_run if form in ("", "nearest:") else ""
+        domain = self.domain.describe()
+        if recipe.constraints:
+            domain = domain["domain"]  # the recipe's constraints stand beside it
         objectives = tuple(self._filled(choice) for choice in recipe.objectives)
         return replace(
             recipe,
@@ -347,9 +397,9 @@ class Setup:
                 for task in recipe.tasks
             ),
             objective=objectives[0] if len(objectives) == 1 else objectives,
-            domain=Choice.read(self.problem.domain.describe(), "domain"),
+            domain=Choice.read(domain, "domain"),
             solver=Choice.read(self.solver.describe(), "solver"),
-            start=f"run:{_absolute(argument)}" if form == "run" else recipe.start,
+            start=f"{form}run:{_absolute(argument)}" if of_a_run else recipe.start,
         )
 
     def _filled(self, choice: Choice) -> Choice:
@@ -376,6 +426,17 @@ class Setup:
             return replace(part, experts=tuple(pool.names), backend=pool.backend, select=None)
         experts = {name: str(_absolute(self.paths[name])) for name in pool.names}
         return replace(part, base=_absolute(part.base), experts=experts, backend=pool.backend, select=None)
+
+
+def asked_domain(recipe: Recipe) -> Domain:
+    """The domain of a recipe with its constraints, before it is known what the experts and the blocks are called."""
+    from ..solvers import constrain
+
+    if recipe.groups and not recipe.constraints:
+        raise UsageProblem(
+            "groups name experts for constraints, and there is none. Give --constraint, or leave it out."
+        )
+    return constrain(recipe.domain.plain(), recipe.constraints, recipe.groups)
 
 
 BLOCK_KINDS = ("model", "layer", "tensor", "row")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .flags import data_flags, json_flag, pool_flags, recipe_from
+from .flags import constraint_flags, data_flags, json_flag, pool_flags, recipe_from
 from .names import UsageProblem
 
 
@@ -23,10 +23,13 @@ from .names import UsageProblem
 @click.option("--mixed", type=int, metavar="N", help="Distil on N inputs a task: its own, and mixtures of two of them.")
 @click.option("--blocks", multiple=True, metavar="KIND", help="model, layer, tensor, row; or patterns, repeatable.")
 @click.option("--domain", metavar="NAME", help="See `mergesolve list domains`.")
+@constraint_flags
 @click.option("--solver", metavar="NAME", help="See `mergesolve list solvers`.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe. Repeatable.")
 @click.option(
-    "--start", metavar="POINT", help="average, base, task-arithmetic:0.3, expert:NAME, or run:FOLDER (a warm start)."
+    "--start",
+    metavar="POINT",
+    help="average, base, task-arithmetic:0.3, expert:NAME, run:FOLDER (a warm start), or nearest:POINT.",
 )
 @click.option("--max-iter", type=int, metavar="N", help="Iterations at most.")
 @click.option("--tol", type=float, metavar="GAP", help="Optimal when the gap is at most this.")
@@ -56,6 +59,7 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
     Examples:
       mergesolve solve --zoo --task digits --task shapes --limit 100 --preset fw-soft
       mergesolve solve --zoo --task digits --preset row-distillation --max-iter 200
+      mergesolve solve --zoo --task digits --task chess --constraint 'digits <= 0.2' --constraint 'mean(chess) >= 0.1'
       mergesolve solve recipe.yaml --seed 1 --set solver.step_rule=open-loop
       mergesolve solve --base clip.safetensors --expert 'experts/*.safetensors' --model ViT-B-32 \\
           --task cars=cars.npz --task pets=pets_images/ --domain capped --run runs/pets

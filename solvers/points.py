@@ -23,7 +23,7 @@ def start_point(problem: MatrixProblem, start: str | Array | Result) -> Array:
     """Return a matrix of coefficients [rows, n].
 
     start: "average" (1/n each), "base" (zeros), "task-arithmetic:0.3" (0.3 each), "expert:NAME" (one expert),
-    "nearest:" and one of these (the nearest point of the domain), a matrix [rows, n] or [1, n], or another run's result.
+    "nearest:" and one of these (the nearest point of the domain), a matrix [rows, n] or [1, n], or another result.
     Raises OptionError for anything else.
     """
     shape = (problem.rows, problem.n)
