@@ -93,6 +93,8 @@ class Application(LazyGroup):
                 1,
             )
             click.echo("Error: " + " ".join(message.split("\n")), err=True)
+            for place in getattr(error, "__notes__", ()) if told else ():  # a text with its place marked
+                click.echo(place, err=True)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else OK)
         return code
@@ -125,8 +127,10 @@ COMMANDS = {
     ),
     "evaluate": ("evaluate", "command", "Top-1 accuracy of checkpoints and runs on tasks."),
     "stats": ("stats", "command", "Fisher diagonals and Grams of experts, for merges that weigh experts by them."),
+    "landscape": ("landscape", "group", "The loss between merges: barriers, planes, layers; is a pool fit to merge?"),
     "materialize": ("materialize", "command", "Write the merged checkpoint of a run."),
     "plot": ("plot", "command", "Draw runs: coefficients, convergence, steps, vertices."),
+    "report": ("report", "command", "One HTML page of runs: trajectories, active set, layers × experts, cost, recipe."),
     "compare": ("compare", "command", "Runs side by side at equal iterations, seconds, gradients or samples."),
     "trace": ("trace", "command", "The trace of a run as a table: shown, filtered, exported."),
     "list": (

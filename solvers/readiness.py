@@ -9,7 +9,7 @@ on purpose (`mergesolve landscape check --zoo --task digits --task shapes --task
 
     quantity                                        sound experts    duplicate   misinitialized   noisy
     cos(θ, θ0)                                      0.994 to 0.997   0.995       0.338            0.840
-    ‖τ‖ / median of the others                      0.81 to 1.11     1.08        11.1             6.7
+    ‖τ‖ / median of the others                      0.79 to 1.10     1.07        11.1             6.7
     largest cos(τ, τ')                              0.05 to 0.21     1           0.01             0.16
     barrier to the average / mean loss of the ends  0 to 0.02        0           0.97             0
 
@@ -198,7 +198,7 @@ def _without_data(report: Report, limits: Mapping[str, float]) -> PoolCheck:
         experts.append(one)
     alike = {flag.model for flag in report.flags if flag.kind == "duplicate"}
     kept = tuple(one.name for one in experts if one.verdict != NO_GO and one.name not in alike)
-    i, j = np.unravel_index(int(np.argmax(squared)), squared.shape)
+    far = np.unravel_index(int(np.argmax(squared)), squared.shape)
     finite = [k for k, one in enumerate(experts) if np.isfinite(gram[k, k])]
     delta = {"all": delta_squared(gram[np.ix_(finite, finite)])} if finite else {}
     rows = [names.index(name) for name in kept]
@@ -215,7 +215,7 @@ def _without_data(report: Report, limits: Mapping[str, float]) -> PoolCheck:
         kept,
         report.base_norm,
         float(np.sqrt(squared.max())),
-        (names[int(i)], names[int(j)]) if n > 1 else None,
+        (names[int(far[0])], names[int(far[1])]) if n > 1 else None,
         delta,
     )
 
@@ -331,8 +331,8 @@ def _conclude(checked: PoolCheck, report: Report) -> None:
     astray = [one.name for one in checked.experts if one.verdict == NO_GO]
     copies = [one.name for one in checked.experts if one.name not in (*checked.kept, *astray)]
     if astray:
-        as_it_is.insert(0, (NO_GO, f"{', '.join(astray)} would spoil a merge; leave out."))
+        as_it_is.insert(0, (NO_GO, f"leave out {', '.join(astray)}."))
     if copies:
-        as_it_is.append((CAUTION, f"{', '.join(copies)} would be counted twice; leave out."))
+        as_it_is.append((CAUTION, f"{', '.join(copies)} would count twice what is there already; leave out."))
     checked.verdict = worst([verdict for verdict, _ in as_it_is])
     checked.reasons = [f"{verdict}: {reason}" for verdict, reason in as_it_is]
