@@ -13,6 +13,7 @@ KINDS = (
     "solvers",
     "rules",
     "domains",
+    "scalarizations",
     "objectives",
     "presets",
     "methods",
@@ -45,6 +46,10 @@ def entries(kind: str) -> list[dict[str, str]]:
         from ..federated.registry import STEPS
 
         return [_entry(name, entry) for name, entry in STEPS.items()]
+    if kind == "scalarizations":
+        from ..solvers import SCALARIZATIONS
+
+        return [_entry(name, entry) for name, entry in SCALARIZATIONS.items()]
     if kind == "protocols":
         from .protocol import PROTOCOLS
 
@@ -74,8 +79,9 @@ def _entry(name: str, entry: Any) -> dict[str, str]:
 @click.argument("kinds", nargs=-1, metavar="[KIND]...")
 @json_flag
 def command(kinds: tuple[str, ...], as_json: bool) -> None:
-    """List what can be named: solvers, rules (step rules), domains, objectives, presets; methods of `merge`;
-    transforms of a pool; selectors of experts; steps and protocols of `federate`. All of them without KIND.
+    """List what can be named: solvers, rules (step rules), domains, scalarizations, objectives, presets;
+    methods of `merge`; transforms of a pool; selectors of experts; steps and protocols of `federate`. All of them
+    without KIND.
 
     Every method and every preset is a server step, too.
 

@@ -16,6 +16,8 @@ from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
 from .l1_ball import L1Ball
 from .loop import STATUSES
+from .mgda import MGDA, PCGrad
+from .minimax import Minimax
 from .mirror import MirrorDescent
 from .nelder_mead import NelderMead
 from .pairwise_frank_wolfe import PairwiseFrankWolfe
@@ -27,6 +29,7 @@ from .projected_gradient import ProjectedGradient
 from .registry import SOLVERS, make_solver
 from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
 from .result import Result
+from .scalarization import SCALARIZATIONS, Chebyshev, Scalarized, WeightedSum, Worst, make_scalarization, worst_gap
 from .soft_frank_wolfe import SoftFrankWolfe
 from .softmax import SoftmaxGradient
 from .solver import Certificate, Clock, Solver, State, Step
@@ -54,7 +57,9 @@ from .trace import read_trace
 __all__ = [
     "CMAES",
     "DOMAINS",
+    "MGDA",
     "PRESETS",
+    "SCALARIZATIONS",
     "SOLVERS",
     "STATUSES",
     "STEP_RULES",
@@ -68,6 +73,7 @@ __all__ = [
     "Brent",
     "Capped",
     "Certificate",
+    "Chebyshev",
     "Clock",
     "Concrete",
     "ConcreteMerge",
@@ -84,11 +90,13 @@ __all__ = [
     "LineSearch",
     "Logarithmic",
     "MatrixProblem",
+    "Minimax",
     "MirrorDescent",
     "Monotone",
     "NelderMead",
     "OpenLoop",
     "OptionError",
+    "PCGrad",
     "PairwiseFrankWolfe",
     "Point",
     "Polytope",
@@ -98,6 +106,7 @@ __all__ = [
     "ReleasedSoftFrankWolfe",
     "Restriction",
     "Result",
+    "Scalarized",
     "Scan",
     "Search",
     "Secant",
@@ -111,13 +120,17 @@ __all__ = [
     "State",
     "Step",
     "StepRule",
+    "WeightedSum",
+    "Worst",
     "concrete_merge",
     "constrain",
     "make_domain",
+    "make_scalarization",
     "make_solver",
     "make_step_rule",
     "read_trace",
     "solve",
     "solve_constrained",
     "start_point",
+    "worst_gap",
 ]

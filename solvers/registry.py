@@ -7,6 +7,7 @@ from .away_frank_wolfe import AwayFrankWolfe
 from .bayesian import BayesianOptimization
 from .blended_frank_wolfe import BlendedPairwiseFrankWolfe
 from .construct import construct
+from .corrective_frank_wolfe import CorrectiveFrankWolfe
 from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
 from .mgda import MGDA, PCGrad
@@ -26,6 +27,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "away-frank-wolfe": AwayFrankWolfe,
     "pairwise-frank-wolfe": PairwiseFrankWolfe,
     "blended-pairwise-frank-wolfe": BlendedPairwiseFrankWolfe,
+    "corrective-frank-wolfe": CorrectiveFrankWolfe,
     "soft-frank-wolfe": SoftFrankWolfe,
     "projected-gradient": ProjectedGradient,
     "mirror-descent": MirrorDescent,

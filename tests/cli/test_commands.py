@@ -16,7 +16,7 @@ from mergesolve.cli.protocol import PROTOCOLS
 from mergesolve.federated.registry import STEPS
 from mergesolve.objectives.registry import OBJECTIVES
 from mergesolve.pools.transforms import TRANSFORMS
-from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STEP_RULES
+from mergesolve.solvers import DOMAINS, PRESETS, SCALARIZATIONS, SOLVERS, STEP_RULES
 from mergesolve.solvers.closed_form import MERGES
 from mergesolve.solvers.selection import SELECTORS
 from safetensors.torch import load_file, save_file
@@ -158,6 +158,7 @@ def test_list_names_every_entry_of_every_registry_once(run):
         "solvers": list(SOLVERS),
         "rules": list(STEP_RULES),
         "domains": list(DOMAINS),
+        "scalarizations": list(SCALARIZATIONS),
         "objectives": list(OBJECTIVES),
         "presets": list(PRESETS),
         "methods": list(MERGES),

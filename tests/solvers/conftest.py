@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 from mergesolve.pools import Pool
-from mergesolve.solvers import FunctionProblem, Problem
+from mergesolve.solvers import FunctionProblem, Problem, make_domain
+from mergesolve.solvers.surrogate import QuadraticTasks
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,59 @@ def face():
     return make_quadratic(3)
 
 
+def expression(problem, task, point):
+    """A task's loss of a `QuadraticTasks` problem as a cvxpy expression of the vector Λ."""
+    square = 0.5 * cp.quad_form(point, cp.psd_wrap(problem.hessians[task]))
+    return problem.constants[task] + problem.linear[task] @ point + square
+
+
+def inside(problem, point):
+    """The domain as cvxpy constraints of the vector Λ."""
+    sums = cp.sum(cp.reshape(point, (problem.rows, problem.n), order="C"), axis=1)
+    return {
+        "simplex": [point >= 0, sums == 1],
+        "capped": [point >= 0, sums <= 1],
+        "box": [point >= 0, point <= 1],
+        "free": [],
+    }[problem.domain.name]
+
+
+@pytest.fixture
+def many():
+    """Factory of convex quadratic tasks with minimizers apart: problem = many(seed, tasks, rows, n, domain)."""
+
+    def make(seed, tasks, rows=2, n=4, domain="simplex"):
+        rng = np.random.default_rng(seed)
+        roots = rng.normal(size=(tasks, rows * n, rows * n))
+        hessians = roots @ roots.transpose(0, 2, 1) / (rows * n) + 0.05 * np.eye(rows * n)
+        best = rng.dirichlet(np.ones(n), size=(tasks, rows)).reshape(tasks, -1)
+        pull = np.einsum("tij,tj->ti", hessians, best)
+        constants = 0.5 * np.sum(pull * best, axis=1) + 0.1 * rng.random(tasks)
+        names = [f"task{k}" for k in range(tasks)]
+        experts = [f"expert{i}" for i in range(n)]
+        return QuadraticTasks(constants, -pull, hessians, make_domain(domain), experts=experts, tasks=names)
+
+    return make
+
+
+def worst_optimum(problem, weights=None, levels=None):
+    """min_Λ max_t w_t (f_t − z_t) by cvxpy with Clarabel: the independent oracle."""
+    tasks = range(len(problem.tasks))
+    weights = np.ones(len(tasks)) if weights is None else weights
+    levels = np.zeros(len(tasks)) if levels is None else levels
+    point, top = cp.Variable(problem.rows * problem.n), cp.Variable()
+    below = [float(weights[t]) * (expression(problem, t, point) - float(levels[t])) <= top for t in tasks]
+    found = cp.Problem(cp.Minimize(top), below + inside(problem, point))
+    found.solve(solver=cp.CLARABEL)
+    return float(found.value)
+
+
+@pytest.fixture
+def oracles():
+    """What cvxpy says about quadratic tasks: expression, inside, worst_optimum."""
+    return SimpleNamespace(expression=expression, inside=inside, worst_optimum=worst_optimum)
+
+
 class WeightQuadratic:
     """loss_t(θ) = ½ ‖θ − target_t‖² per task: an objective over weights with closed forms for everything."""
 
@@ -103,6 +158,9 @@ class WeightQuadratic:
             name: sum(0.5 * float(((w + self.shift - target[k]).double() ** 2).sum()) for k, w in weights.items())
             for name, target in self.targets.items()
         }
+
+    def task_losses(self, weights):
+        return self._losses(weights)
 
     def value(self, weights):
         return float(np.dot(self.task_weights, list(self._losses(weights).values())))
