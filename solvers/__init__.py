@@ -9,6 +9,7 @@ from .bayesian import BayesianOptimization
 from .blended_frank_wolfe import BlendedPairwiseFrankWolfe
 from .concrete import Concrete, ConcreteMerge, concrete_merge
 from .constrained import ConstrainedResult, solve_constrained
+from .corrective_frank_wolfe import CorrectiveFrankWolfe
 from .domains import DOMAINS, Box, Capped, Domain, Free, Simplex, make_domain
 from .driver import solve
 from .errors import OptionError
@@ -78,6 +79,7 @@ __all__ = [
     "Concrete",
     "ConcreteMerge",
     "ConstrainedResult",
+    "CorrectiveFrankWolfe",
     "Counts",
     "Domain",
     "Evaluation",

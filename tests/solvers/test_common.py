@@ -10,6 +10,7 @@ from mergesolve.solvers import SOLVERS, STATUSES, OptionError, Result, Secant, S
 FAST = {
     "released-soft-frank-wolfe": {"inner_iterations": 5},
     "soft-frank-wolfe": {"inner_iterations": 5},
+    "corrective-frank-wolfe": {"inner_iterations": 5},
     "bayesian": {"initial": 8},  # values before the first fit, which is what takes time
 }
 CONSTRAINED = [name for name in SOLVERS if not name.startswith("released") and name != "scan"]
