@@ -98,9 +98,11 @@ class Names:
                 leaf.at,
                 f"'{leaf.name}' is a group: write sum({leaf.name}), or each({leaf.name}) for every member.",
             )
-        minus = ""
-        if "-" in leaf.name:
-            minus = " If a difference is meant, put spaces around the minus."
+        minus = " If a difference is meant, put spaces around the minus." if "-" in leaf.name else ""
+        here = text[leaf.at[0] :]
+        longer = next((n for n in self.experts if here.startswith(n) and len(n) > len(leaf.name)), None)
+        if longer is not None:  # such as sun-397, which reads as a difference
+            minus = f' If {longer} is meant, write it in quotes: "{longer}".'
         raise ConstraintError(text, leaf.at, f"unknown expert '{leaf.name}'.{self._hint(leaf.name)}{minus}")
 
     def columns(self, leaf: Over, text: str) -> list[int]:
