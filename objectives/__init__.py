@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .accuracy_loss import AccuracyLoss
     from .clip import CLIP
     from .corruptions import CORRUPTIONS, corrupt
     from .cross_entropy import CrossEntropy
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .weighted_sum import WeightedSum
 
 _MODULES = {
+    "AccuracyLoss": "accuracy_loss",
     "AugmentedLagrangian": "lagrangian",
     "CLIP": "clip",
     "CORRUPTIONS": "corruptions",
@@ -62,6 +64,7 @@ _MODULES = {
 __all__ = [
     "CLIP",
     "CORRUPTIONS",
+    "AccuracyLoss",
     "AugmentedLagrangian",
     "CrossEntropy",
     "DataError",

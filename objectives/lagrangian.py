@@ -39,6 +39,11 @@ class AugmentedLagrangian(SumObjective):
                     f"AugmentedLagrangian takes objectives of this package (subclasses of SumObjective); the {role} "
                     f"is {type(part).__name__}."
                 )
+            if not part.has_gradient:
+                raise DataError(
+                    f"AugmentedLagrangian needs gradients, and {type(part).__name__}, its {role}, has none; take "
+                    f"CrossEntropy on the same labels."
+                )
         if not (is_number(bound) and math.isfinite(bound)):
             raise DataError(
                 f"The 'bound' parameter of AugmentedLagrangian must be a finite number, the largest value that the "

@@ -103,6 +103,7 @@ class SumObjective(ABC):
     tasks: tuple[str, ...]
     task_weights: NDArray[np.float64]
     device: torch.device
+    has_gradient: bool = True
 
     def __init__(self) -> None:
         self.gradient_samples = 0

@@ -34,6 +34,12 @@ OBJECTIVES: dict[str, Entry] = {
         "Szegedy et al. (2016), Rethinking the Inception Architecture (label smoothing)",
         "labelled",
     ),
+    "accuracy": Entry(
+        "accuracy_loss:AccuracyLoss",
+        "One minus top-1 accuracy, without a gradient: for solvers that read values only.",
+        "empirical risk of the 0-1 loss",
+        "labelled",
+    ),
     "entropy": Entry(
         "entropy:Entropy",
         "Mean Shannon entropy of the predictions, without labels.",

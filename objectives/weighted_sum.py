@@ -44,6 +44,7 @@ class WeightedSum(SumObjective):
             )
         self.parts = tuple((float(weight), objective) for weight, objective in parts)
         self.device = self.parts[0][1].device
+        self.has_gradient = all(objective.has_gradient for _, objective in self.parts)
         names: list[str] = []
         for _, objective in self.parts:
             for task in objective.tasks:
