@@ -102,6 +102,18 @@ class Run:
             )
         return np.asarray([k for k, _ in kept], dtype=np.float64), values
 
+    def scores(self) -> Array:
+        """Scores [T', layers, experts] of the records that hold coefficients, nan where none were recorded."""
+        shape = (len(self.layers), len(self.experts))
+        kept = [record.get("scores") for record in self.records if "coefficients" in record]
+        if not any(kept):
+            return np.zeros((0, *shape))
+        found = np.full((len(kept), *shape), np.nan)
+        for k, matrix in enumerate(kept):
+            if matrix is not None:
+                found[k] = np.asarray(matrix, dtype=np.float64)  # null becomes nan
+        return found
+
     @property
     def final(self) -> Array:
         """Coefficients to report, shape [layers, experts]."""
