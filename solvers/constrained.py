@@ -13,28 +13,34 @@ the measure that ρ follows and its first value: Birgin and Martínez (2014), Pr
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .domains import FEASIBILITY
-from .driver import MESSAGES, Callback, check_limits, solve
+from .driver import CHECKPOINT, MESSAGES, RUNNING, Callback, check_limits, identify, solve
 from .errors import OptionError, check_number
+from .files import plain, read_arrays, write_arrays
 from .loop import INTERRUPTED, MAX_ITER, NONFINITE, OPTIMAL, STALLED, TIME_LIMIT
 from .points import start_point
 from .problem import Evaluation, MatrixProblem
 from .registry import make_solver
-from .result import Result
+from .result import COEFFICIENTS, RESULT, TRACE, Result
 from .solver import Certificate, Solver
+from .trace import TraceFile, read_trace
 
 Array = np.ndarray[Any, Any]
 Known = tuple[str, Array, float]  # name, coefficients, and g there on all the data
 SHRINK = 0.25
 GROWTH = 10.0
 BISECTIONS = 30
+ROUNDS = "rounds"  # of a run's folder: what the outer loop knows, and a folder a round for the solver's own
 
 
 class Lagrangian(Protocol):
@@ -99,6 +105,49 @@ class Limits:
 Limits.__name__ = "solve_constrained"  # the owner that messages name
 
 
+@dataclass
+class Outer:
+    """Where the outer loop is: the round to come, the points known so far, ρ, μ, and what g did in the last round.
+
+    data: samples that went through the model in earlier processes, without those that the round's own checkpoint
+    counts; data_at_end: all of them, when the last round had ended.
+    """
+
+    known: list[Known]
+    rho: float
+    multiplier: float
+    outer: int = 0
+    last: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    peak: int = 0
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    data: dict[str, int] = field(default_factory=dict)
+    data_at_end: dict[str, int] = field(default_factory=dict)
+
+    def save(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Write the checkpoint of the outer loop atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {f"known.{k}": point for k, (_, point, _) in enumerate(self.known)}
+        content = {name: value for name, value in vars(self).items() if name != "known"}
+        known = [[name, value] for name, _, value in self.known]
+        write_arrays(path, arrays, {"identity": identity, "outer": content, "known": known})
+
+    @classmethod
+    def load(cls, path: Path, identity: Mapping[str, Any]) -> Outer:
+        """Read a checkpoint. Raises OptionError if it belongs to another solve, naming what differs."""
+        arrays, metadata = read_arrays(path)
+        expected, found = plain(identity), metadata["identity"]
+        different = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+        if different:
+            raise OptionError(
+                f"{path} belongs to another solve: {', '.join(sorted(different))} differ from those of this one. "
+                "Resume with the recipe in the run folder, or solve into a new folder."
+            )
+        known = [(name, arrays[f"known.{k}"], value) for k, (name, value) in enumerate(metadata["known"])]
+        return cls(known=known, **metadata["outer"])
+
+
 def solve_constrained(
     problem: MatrixProblem,
     solver: Solver | str | Mapping[str, Any],
@@ -115,11 +164,14 @@ def solve_constrained(
     repair: bool = False,
     time_limit: float = math.inf,
     callback: Callback | None = None,
+    run: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
 ) -> ConstrainedResult:
     """Minimize f subject to g ≤ ε over the domain, for a problem whose objective is an augmented Lagrangian.
 
-    solver, start, time_limit (of all rounds), callback: as for :func:`.solve`. rounds: outer iterations, max_iter:
-    iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
+    solver, start, time_limit (of all rounds), callback, checkpoint_every: as for :func:`.solve`. rounds: outer
+    iterations, max_iter: iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0 to start from, as an
     earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
     do not depend on the units of f and g. factor: by which ρ grows where max(g − ε, −μ/ρ) kept its sign and did not
     fall to a quarter; None: 10, and 1 on minibatches, whose noise it would multiply.
@@ -128,67 +180,139 @@ def solve_constrained(
     and g − ε at most feasibility_tol, in the units of g; all three on all the data, also where the solver saw
     minibatches. repair: move the last point, if g > ε there, along the segment to the nearest known point with g ≤ ε
     (of the rounds and the start, else the base), by bisection, until g ≤ ε; at most 30 values of g.
+    run: folder for trace, checkpoints and result; the lines of the trace are numbered over all rounds, and say of which
+    round ("outer") they are which iteration ("inner"). resume: go on from the folder's checkpoints.
+    Ctrl-C ends it as ``interrupted``, with what the rounds so far have found.
     The objective keeps the last multiplier and penalty. Raises OptionError for what cannot be solved.
     """
     Limits(rounds, multiplier, penalty, factor, feasibility_tol)
     solver = make_solver(solver)
-    check_limits(max_iter, tol, rtol, time_limit, None)
+    problem = solver.view(problem)
+    check_limits(max_iter, tol, rtol, time_limit, checkpoint_every)
+    if resume and run is None:
+        raise OptionError("resume=True needs run=FOLDER, the folder of the run to go on with.")
     lagrangian = lagrangian_of(problem)
+    solver.check(problem)
     point = start_point(problem, start)
     problem.check(point, "the starting point")
-    began = time.monotonic()
+    folder = Path(run) if run is not None else None
+    saved = folder / ROUNDS / CHECKPOINT if folder is not None else None
 
-    lagrangian.multiplier, lagrangian.first_draw = float(multiplier), 0
-    known = [("start", point, constraint_at(problem, point))]
-    rho = first_penalty(problem, point, known[0][2]) if penalty is None else float(penalty)
+    lagrangian.multiplier, lagrangian.penalty, lagrangian.first_draw = float(multiplier), 0.0, 0
+    identity = identify(problem, solver, point, max_iter)
+    identity["constrained"] = plain({"bound": lagrangian.bound, "multiplier": multiplier, "penalty": penalty})
+    begun = time.monotonic()
+    if resume and saved is not None and saved.exists():
+        at = Outer.load(saved, identity)
+        if at.outer >= rounds:
+            raise OptionError(f"{folder} has done {at.outer} rounds already. Give more rounds to go on.")
+        for name, count in at.counts.items():
+            setattr(problem.counts, name, count)
+    else:
+        resume = False
+        value = constraint_at(problem, point)
+        at = Outer([("start", point, value)], float(penalty or 0.0), float(multiplier))
+        if penalty is None:
+            at.rho = first_penalty(problem, point, value)
     growth = (1.0 if problem.stochastic else GROWTH) if factor is None else factor
-    history: list[dict[str, Any]] = []
+    began = begun - at.seconds
+    known, history = at.known, at.history
+    point = known[-1][1]
+    lagrangian.multiplier = at.multiplier
     trace: list[dict[str, Any]] = []
-    status, last, peak = MAX_ITER, 0.0, 0
-    for outer in range(rounds):
+    status = MAX_ITER
+    inner: Result | None = None
+    with ExitStack() as stack:
+        file = None
+        if folder is not None and saved is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept: list[dict[str, Any]] = []
+            if resume:
+                done = carry_over(at, saved, identity)
+                lines = read_trace(folder / TRACE)[1]
+                trace = [line for line in lines if line["outer"] < at.outer]
+                kept = [line for line in lines if line["outer"] == at.outer and line["inner"] < done]
+            else:
+                shutil.rmtree(folder / ROUNDS, ignore_errors=True)
+                for stale in (RESULT, COEFFICIENTS):
+                    (folder / stale).unlink(missing_ok=True)
+                at.counts, at.data_at_end = asdict(problem.counts), samples(problem, at)
+                at.save(saved, identity)
+            file = stack.enter_context(TraceFile(folder / TRACE, identity, [*trace, *kept]))
+        try:
+            for outer in range(at.outer, rounds):
 
-        def tagged(line: dict[str, Any], outer: int = outer) -> None:
-            line["outer"] = outer
-            if callback is not None:
-                callback(line)
+                def tagged(line: dict[str, Any], outer: int = outer, before: int = len(trace)) -> None:
+                    tag(line, outer, before)
+                    if file is not None:
+                        file.write(line)
+                    if callback is not None:
+                        callback(line)
 
-        lagrangian.penalty, lagrangian.first_draw = rho, len(trace)
-        left = max(0.0, time_limit - (time.monotonic() - began))
-        inner = solve(
-            problem, solver, start=point, max_iter=max_iter, tol=tol, rtol=rtol, time_limit=left, callback=tagged
-        )
-        trace += inner.trace
-        peak = max(peak, inner.peak_memory)
-        value = constraint_at(problem, inner.coefficients)
-        if inner.status == NONFINITE or not math.isfinite(value):
-            status = NONFINITE
-            break
-        rested, point = np.array_equal(inner.coefficients, point), inner.coefficients
-        known.append((f"round {outer}", point, value))
-        before, mu = lagrangian.multiplier, max(0.0, lagrangian.multiplier + rho * (value - lagrangian.bound))
-        lagrangian.multiplier = mu
-        loss = inner.objective - inner.tasks[lagrangian.constraint_task]
-        history.append(
-            {"outer": outer, "constraint": value, "objective": loss, "multiplier": mu, "penalty": rho, "nit": inner.nit}
-        )
-        if inner.status == INTERRUPTED:
+                lagrangian.penalty, lagrangian.first_draw = at.rho, len(trace)
+                inner = solve(
+                    problem,
+                    solver,
+                    start=point,
+                    max_iter=max_iter,
+                    tol=tol,
+                    rtol=rtol,
+                    time_limit=max(0.0, time_limit - (time.monotonic() - began)),
+                    callback=tagged,
+                    run=None if folder is None else folder / ROUNDS / str(outer),
+                    resume=resume,
+                    checkpoint_every=checkpoint_every,
+                )
+                resume = False
+                for line in inner.trace:  # of a resumed round, some were not made now
+                    tag(line, outer, len(trace))
+                trace += inner.trace
+                at.peak = max(at.peak, inner.peak_memory)
+                value = constraint_at(problem, inner.coefficients)
+                if inner.status == NONFINITE or not math.isfinite(value):
+                    status = NONFINITE
+                    break
+                rested, point = np.array_equal(inner.coefficients, point), inner.coefficients
+                known.append((f"round {outer}", point, value))
+                before, mu = (
+                    lagrangian.multiplier,
+                    max(0.0, lagrangian.multiplier + at.rho * (value - lagrangian.bound)),
+                )
+                lagrangian.multiplier = mu
+                loss = inner.objective - inner.tasks[lagrangian.constraint_task]
+                found = {"outer": outer, "constraint": value, "objective": loss, "multiplier": mu, "penalty": at.rho}
+                history.append({**found, "nit": inner.nit})
+                if inner.status == INTERRUPTED:
+                    status = INTERRUPTED
+                    break
+                # The solver certified ∇f + m ∇g, and m at the end of the round is the new multiplier.
+                kkt = Optimality(Certificate(inner.gap, inner.stationarity), value - lagrangian.bound, mu)
+                if inner.status == TIME_LIMIT and not kkt.holds(max(tol, rtol * abs(loss)), feasibility_tol):
+                    status = TIME_LIMIT
+                    break
+                change = (mu - before) / at.rho  # max(g − ε, −μ/ρ): 0 where g ≤ ε and μ (g − ε) = 0
+                if change * at.last > 0 and abs(change) > SHRINK * abs(at.last):
+                    at.rho *= growth
+                at.last, at.multiplier, at.outer = change, mu, outer + 1
+                if saved is not None:
+                    at.seconds, at.counts = time.monotonic() - began, asdict(problem.counts)
+                    at.data_at_end = samples(problem, at)
+                    at.save(saved, identity)
+                    shutil.rmtree(saved.parent / str(outer), ignore_errors=True)
+                if kkt.holds(max(tol, rtol * abs(loss)), feasibility_tol):
+                    status = OPTIMAL
+                    break
+                if time.monotonic() - began >= time_limit:
+                    status = TIME_LIMIT
+                    break
+                if rested and mu == before and not problem.stochastic:
+                    status = STALLED
+                    break
+        except KeyboardInterrupt:
+            if inner is None:
+                raise
             status = INTERRUPTED
-            break
-        # The solver certified ∇f + m ∇g, and m at the end of the round is the new multiplier.
-        kkt = Optimality(Certificate(inner.gap, inner.stationarity), value - lagrangian.bound, mu)
-        if kkt.holds(max(tol, rtol * abs(loss)), feasibility_tol):
-            status = OPTIMAL
-            break
-        if time.monotonic() - began >= time_limit:
-            status = TIME_LIMIT
-            break
-        if rested and mu == before and not problem.stochastic:
-            status = STALLED
-            break
-        change = (mu - before) / rho  # max(g − ε, −μ/ρ): 0 where g ≤ ε and μ (g − ε) = 0
-        if change * last > 0 and abs(change) > SHRINK * abs(last):
-            rho *= growth
-        last = change
+    assert inner is not None
 
     moved = None
     if repair and known[-1][2] > lagrangian.bound:
@@ -215,13 +339,13 @@ def solve_constrained(
         "message": explain(status, excess > feasibility_tol, lagrangian.bound, known, moved, least),
         "nit": sum(line["nit"] for line in history),
         "best_iteration": sum(line["nit"] for line in history[:-1]) + inner.best_iteration,
-        "peak_memory": peak,
+        "peak_memory": at.peak,
         "counts": asdict(problem.counts),
-        "data": problem.data_used,
+        "data": {**problem.data_used, **samples(problem, at)},
         "seconds": time.monotonic() - began,
         "trace": trace,
     }
-    return ConstrainedResult(
+    result = ConstrainedResult(
         **about,
         constraint=value,
         bound=lagrangian.bound,
@@ -233,6 +357,34 @@ def solve_constrained(
         repair=moved,
         least=least,
     )
+    if folder is not None:
+        result.save(folder)
+    return result
+
+
+def tag(line: dict[str, Any], outer: int, before: int) -> None:
+    """Number a line of a round's trace over all rounds, `before` lines after the first, and say where it is from."""
+    if "outer" not in line:
+        line.update(outer=outer, inner=line["iteration"], iteration=line["iteration"] + before)
+
+
+def samples(problem: MatrixProblem, at: Outer) -> dict[str, int]:
+    """Return the samples that went through the model, in this process and before it was resumed."""
+    used = problem.data_used
+    return {key: used[key] + at.data.get(key, 0) for key in RUNNING if key in used}
+
+
+def carry_over(at: Outer, saved: Path, identity: Mapping[str, Any]) -> int:
+    """Count what the killed process did, and return the iterations of its last round that need not be done again."""
+    checkpoint = saved.parent / str(at.outer) / CHECKPOINT
+    if not checkpoint.exists():  # nothing of the round is left: it begins anew, after the rounds before
+        at.data = dict(at.data_at_end)
+        at.save(saved, identity)
+        return 0
+    # The round's own checkpoint counts since its process began; what was before that, it does not know.
+    metadata = read_arrays(checkpoint)[1]
+    at.data = {key: at.data.get(key, 0) + int(metadata["data"].get(key, 0)) for key in RUNNING}
+    return int(metadata["iteration"])
 
 
 class Optimality(NamedTuple):
@@ -273,7 +425,7 @@ def evaluate_lagrangian(problem: MatrixProblem, solver: Solver, point: Array) ->
     try:
         problem.draw(None)
         problem.refresh()
-        evaluation = problem.evaluate(point)
+        evaluation = problem.evaluate(point, tasks=solver.certifies_by_task)
     finally:
         lagrangian.penalty = penalty
     tasks = dict(evaluation.task_values)

@@ -61,6 +61,11 @@ class MGDA(Solver):
     def check(self, problem: MatrixProblem) -> None:
         """Refuse a scalarized problem, and vertices where there are none."""
         refuse_scalarized("mgda", problem)
+        if hasattr(getattr(problem, "objective", None), "constraint_task"):
+            raise OptionError(
+                "The solver 'mgda' would take the price of a constraint for a task. Choose a solver of one objective, "
+                "such as 'projected-gradient', or 'minimax' for the worst task."
+            )
         if self.direction == "vertex" and isinstance(problem.domain, Free):
             problem.domain.minimizer(np.zeros((1, 1)))
 

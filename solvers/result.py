@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,4 +86,6 @@ class Result:
         content["experts"] = tuple(content["experts"])
         if content["stationarity"] is None:  # what JSON makes of nan
             content["stationarity"] = math.nan
+        known = {f.name for f in fields(cls)}  # a constrained solve saves more than a plain result holds
+        content = {name: value for name, value in content.items() if name in known}
         return cls(coefficients=arrays["coefficients"], trace=trace, **content)
