@@ -121,9 +121,9 @@ def segment(
         return segment_figure(found, first, second)
 
     def table() -> Any:
-        from ..reports.landscape import segment_table
+        from ..reports.landscape import segment_tables
 
-        return segment_table(found, first, second)
+        return segment_tables(found, first, second)
 
     _tell(report, {"segment": draw}, table, out, as_json)
 

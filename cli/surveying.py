@@ -52,10 +52,16 @@ class Survey:
             given["split"] = "validation"
         recipe = recipe_from(given, recipe_file)
         finest = max(["layer", *kinds], key=FINENESS.index)
-        blocks = recipe.blocks if given.get("blocks") else finest
-        self.recipe: Recipe = replace(recipe, blocks=blocks, domain=Choice("free"), start="average", preset=None)
+        self.recipe: Recipe = replace(
+            recipe,
+            blocks=recipe.blocks if given.get("blocks") else finest,
+            domain=Choice("free"),  # a point may lie anywhere, whatever the run was constrained to
+            constraints=(),
+            groups={},
+            start="average",
+            preset=None,
+        )
         self.setup = Setup(self.recipe)
-        self._paths: dict[str, Survey] = {}
 
     @property
     def problem(self) -> Problem:

@@ -94,11 +94,14 @@ def _legend_beside(ax: Axes) -> None:
 
 
 def _ends(ax: Axes, first: str, second: str) -> None:
-    """A t axis whose ends are named."""
+    """A t axis whose ends are named, on the line of its label."""
     ax.set_xlim(-0.02, 1.02)
     ax.set_xlabel("t")
-    ax.annotate(shorten(first), (0.0, -0.13), xycoords=ax.get_xaxis_transform(), ha="left", va="top", fontsize=8)
-    ax.annotate(shorten(second), (1.0, -0.13), xycoords=ax.get_xaxis_transform(), ha="right", va="top", fontsize=8)
+    for t, name, side in ((0.0, first, "left"), (1.0, second, "right")):
+        ax.annotate(
+            shorten(name), (t, 0.0), (0, -19), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
+            ha=side, va="top", fontsize=8.5,
+        )  # fmt: skip
 
 
 def plane_figure(found: Plane, names: Sequence[str], *, by_task: bool = False) -> Figure:
@@ -143,7 +146,7 @@ def _contours(figure: Figure, ax: Axes, found: Plane, values: Array) -> None:
     over = "max" if float(finite.max()) > levels[-1] else "neither"
     image = ax.contourf(found.x, found.y, shown, levels=levels, cmap="viridis", extend=over)
     lines = ax.contour(found.x, found.y, shown, levels=levels, colors="white", linewidths=0.5, alpha=0.7)
-    written = ax.clabel(lines, levels=levels[1::2], fontsize=6.5, fmt=lambda value: f"{value:g}")
+    written = ax.clabel(lines, levels=levels[1::2], fontsize=6.5, colors="white", fmt=lambda value: f"{value:g}")
     for text in written:
         text.set_path_effects([withStroke(linewidth=1.6, foreground="#333333")])
     bar = figure.colorbar(image, ax=ax, shrink=0.85, aspect=28, pad=0.02)
@@ -336,10 +339,14 @@ def check_figure(checked: PoolCheck) -> Figure:
                 linewidths=0,
             )
     odd = [point for point in points if point[3] != "go"]
-    for x, y, name, _ in odd if odd and len(points) > 12 else points:
-        ax.annotate(shorten(name, 18), (x, y), (5, 4), textcoords="offset points", fontsize=7.5)
     limits = checked.thresholds
     ax.set_xscale("log")
+    for x, y, name, _ in odd if odd and len(points) > 12 else points:
+        beside = (-6, 5) if x > 3 else (5, 4)  # names of what is far out are written inwards
+        ax.annotate(
+            shorten(name, 18), (x, y), beside, textcoords="offset points", fontsize=7.5,
+            ha="right" if x > 3 else "left",
+        )  # fmt: skip
     for x in (1 / limits["norm_ratio"], limits["norm_ratio"]):
         ax.axvline(x, color="#BBBBBB", linewidth=0.8, linestyle="--", zorder=1)
     if measured:
@@ -357,8 +364,8 @@ def check_figure(checked: PoolCheck) -> Figure:
     return figure
 
 
-def segment_table(found: Segment, first: str, second: str) -> Table:
-    """Steps, loss, excess over the chord, tasks, accuracies."""
+def segment_tables(found: Segment, first: str, second: str) -> list[Any]:
+    """What the segment says in one line; then steps, loss, excess over the chord, tasks, accuracies."""
     excess = found.values - ((1 - found.steps) * found.values[0] + found.steps * found.values[-1])
     header = ["t", "loss", "excess", *(found.tasks if len(found.tasks) > 1 else ())]
     header += [f"top-1 {name}" for name in found.measured]
@@ -369,11 +376,11 @@ def segment_table(found: Segment, first: str, second: str) -> Table:
             row += [f"{values[k]:.4f}" for values in found.tasks.values()]
         rows.append([*row, *(f"{100 * values[k]:.1f}" for values in found.measured.values())])
     barrier, (at, low) = found.barrier, found.lowest
-    title = (
+    said = (
         f"{first} (t = 0) to {second} (t = 1): barrier {barrier.height:.4g} at t = {barrier.at:.2f}, lowest loss "
         f"{low:.4g} at t = {at:.2f}, distance {found.length:.4g}"
     )
-    return listing(header, rows, title=title, numeric=range(len(header)))
+    return [said.replace("[", r"\["), listing(header, rows, numeric=range(len(header)))]
 
 
 def plane_table(found: Plane, names: Sequence[str]) -> Table:
@@ -456,7 +463,7 @@ def check_tables(checked: PoolCheck) -> list[Any]:
     if checked.gain is not None:
         gain = checked.gain
         parts.append(
-            f"merging gain of the kept: mean loss of the experts {gain.mean:.4f} − loss of their average "
+            f"merging gain of {len(checked.averaged)} experts: mean loss of the experts {gain.mean:.4f} − loss of their average "
             f"{gain.merged:.4f} = {gain.gain:+.4f} (base {_cell(checked.base_loss, '.4f')}, ½ mean ‖θ − θ̄‖² "
             f"{gain.spread:.4g})"
         )

@@ -89,8 +89,9 @@ class PoolCheck:
     """The check of a pool: its experts, and the verdict on merging it as it is, and on what is left of it.
 
     kept: the experts without those that are no-go and without copies; max_distance: the largest ‖θ_i − θ_j‖ and its
-    pair; delta_squared: Δ² by name of the subset ("all", "kept"). With data: losses of the base and of the kept
-    average; gain: what averaging the kept ones gains; bound: the terms of Proposition 1 by subset.
+    pair; delta_squared: Δ² by name of the subset ("all", "kept"). With data: averaged, the experts whose average is
+    measured (the kept ones; if fewer than two are, all that can be read); losses of the base and of that average; gain:
+    what averaging them gains; bound: the terms of Proposition 1 by subset.
     """
 
     experts: list[ExpertCheck]
@@ -105,6 +106,7 @@ class PoolCheck:
     kept_reasons: list[str] = field(default_factory=list)
     base_loss: float | None = None
     average_loss: float | None = None
+    averaged: tuple[str, ...] = ()
     gain: Gain | None = None
     bound: dict[str, dict[str, float | None]] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=lambda: dict(THRESHOLDS))
@@ -232,7 +234,7 @@ def _with_data(
 ) -> None:
     """Barriers, influences, the gain and the bound, on the problem's data as it is drawn."""
     names = report.names
-    rows = [names.index(name) for name in checked.kept]
+    rows = _averaged(checked, report)
     metric = Metric(_gram(report)[None])
 
     def average(experts: Sequence[int]) -> Array:
@@ -269,7 +271,7 @@ def _with_data(
                 )
                 break
     checked.kept = tuple(one.name for one in checked.experts if one.name in checked.kept and one.verdict != NO_GO)
-    rows = [names.index(name) for name in checked.kept]
+    rows = _averaged(checked, report)
     if progress is not None:
         progress("gain and bound", len(names), len(names))
     if rows:
@@ -280,9 +282,12 @@ def _with_data(
         )
         checked.gain = merging_gain(problem, points, values=values, metric=metric)
         checked.average_loss = checked.gain.merged
-        checked.delta_squared["kept"] = delta_squared(_gram(report)[np.ix_(rows, rows)])
+        checked.averaged = tuple(names[row] for row in rows)
+    kept = [names.index(name) for name in checked.kept]
+    if kept:
+        checked.delta_squared["kept"] = delta_squared(_gram(report)[np.ix_(kept, kept)])
     if bound is not None:
-        subsets = {"all": list(range(len(names))), "kept": rows}
+        subsets = {"all": list(range(len(names))), "kept": kept}
         for label, chosen in subsets.items():
             if chosen and not (label == "all" and any(flag.kind == "nonfinite" for flag in report.flags)):
                 terms = bound(chosen)
@@ -292,6 +297,14 @@ def _with_data(
                     "average_risk": merged,
                     "averaging_error": merged - terms.ensemble_risk,
                 }
+
+
+def _averaged(checked: PoolCheck, report: Report) -> list[int]:
+    """The experts whose average is measured: the kept ones; where fewer than two are, all that are finite, once."""
+    if len(checked.kept) > 1:
+        return [report.names.index(name) for name in checked.kept]
+    left_out = {flag.model for flag in report.flags if flag.kind in ("nonfinite", "duplicate")}
+    return [i for i, name in enumerate(report.names) if name not in left_out]
 
 
 def _conclude(checked: PoolCheck, report: Report) -> None:

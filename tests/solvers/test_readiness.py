@@ -184,6 +184,17 @@ def test_pool_with_one_sound_expert_is_nothing_to_merge():
     assert "nothing to merge" in checked.reasons[0]
 
 
+def test_strangers_alone_are_measured_all_the_same():
+    rng = np.random.default_rng(0)
+    base = state(rng.normal(size=SIZE))
+    pool = Pool.from_state_dicts(base, {f"s{i}": state(rng.normal(size=SIZE)) for i in range(3)})
+    checked = check(pool, lambda values: 1 + np.sum(values**2))
+    assert (checked.kept, checked.averaged) == ((), ("s0", "s1", "s2"))
+    assert checked.gain.gain > 0
+    assert all(one.barrier == 0 for one in checked.experts)
+    assert checked.verdict == "no-go"
+
+
 def test_unknown_thresholds_are_refused_and_verdicts_are_ordered():
     with pytest.raises(OptionError, match="no threshold 'barier'"):
         check(make_pool(), thresholds={"barier": 1})
