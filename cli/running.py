@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .console import counting, follow, note, number, print_json, show, warn
 from .errors import OK, Interrupted, SolveFailed
+from .many import constraint_summary, many_rows, solve_problem
 from .names import UsageProblem
 from .recipe import Recipe, from_mapping, plain, read_yaml, to_yaml
 from .selecting import RECORD, write_record
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe.yaml"
 COMMENT = f"# What ran, every default filled in. Again: mergesolve solve {RECIPE}\n"
-LEFT_BY_A_RUN = ("trace.jsonl", "result.json", "coefficients.safetensors", "checkpoint.safetensors")
+LEFT_BY_A_RUN = ("trace.jsonl", "result.json", "coefficients.safetensors", "checkpoint.safetensors", "rounds")
 ALL_OF_A_RUN = (*LEFT_BY_A_RUN, RECIPE, RECORD, "merged.safetensors", "figures")
 ASIDE = ".replaced"  # where the run that --overwrite replaces waits until the new one has made its first step
 
@@ -178,19 +179,17 @@ def execute(
 
     setup: live objects to share between runs of one pool; its recipe must be this one.
     """
-    from ..solvers import solve
-
     began = time.monotonic()
     label = label or recipe.preset or recipe.solver.name
     with counting("teachers", quiet=quiet) as teachers:
         setup = setup or Setup(recipe)
         setup.progress = teachers
         setup.check_names()
-        problem, solver, start = setup.problem, setup.solver, setup.start
+        problem, solver, start = setup.minimized, setup.solver, setup.start
         complete = setup.resolved()
         if setup.remark is not None and not quiet and not resume:
             note(setup.remark)
-        with follow(label, recipe.max_iter, quiet=quiet) as follower, _writing(folder, resume=resume) as keep:
+        with follow(label, recipe.iterations, quiet=quiet) as follower, _writing(folder, resume=resume) as keep:
 
             def watch(record: dict[str, Any]) -> None:
                 if record["step"] is not None:
@@ -201,7 +200,8 @@ def execute(
             _write(folder / RECIPE, COMMENT + to_yaml(complete))
             if setup.selection is not None:
                 write_record(setup.selection, setup, folder)
-            result = solve(
+            result = solve_problem(
+                setup,
                 problem,
                 solver,
                 start=start,
@@ -268,7 +268,7 @@ def report(outcome: Outcome, *, as_json: bool, quiet: bool) -> int:
         "time_limit": "more time: --resume {folder} --time-limit SECONDS",
         "stalled": "another start, step rule or solver",
     }.get(result.status)
-    if remedy is not None and outcome.recipe.solver.name not in ("point", "scan"):  # these do not converge, they try
+    if remedy is not None and outcome.setup.solver.needs_scores:  # the others do not converge to a gap, they try
         reached = (
             f"gap {number(result.gap)}" if result.gap is not None else f"stationarity {number(result.stationarity)}"
         )
@@ -293,6 +293,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "message": result.message,
         "objective": result.objective,
         "tasks": dict(result.tasks),
+        **constraint_summary(result),
         "gap": result.gap,
         "stationarity": result.stationarity,
         "nit": result.nit,
@@ -325,8 +326,9 @@ def table(outcome: Outcome) -> Any:
     rows: dict[str, object] = {
         "status": result.status if result.success else f"{result.status} ({result.message})",
         "objective": number(result.objective),
-        "gap": "none on this domain" if result.gap is None else number(result.gap),
+        "gap": number(result.gap) if result.gap is not None else why_no_gap(result),
         "stationarity": number(result.stationarity),
+        **many_rows(result),
         "iterations": result.nit,
         "evaluations": f"{result.counts['gradients']} gradients, {result.counts['evaluations']} values, "
         f"{size(result.counts['bytes_read'])} read from the pool",
@@ -339,6 +341,11 @@ def table(outcome: Outcome) -> Any:
     if outcome.merged:
         rows["merged"] = ", ".join(str(path) for path in outcome.merged[:2]) + (" …" if outcome.merged[2:] else "")
     return pairs(rows)
+
+
+def why_no_gap(result: Result) -> str:
+    """What stands in the place of a gap that is not there."""
+    return "none: the objective has no gradient" if math.isnan(result.stationarity) else "none on this domain"
 
 
 def largest(result: Result, count: int = 4) -> str:
