@@ -7,6 +7,7 @@ from .adaptive import AdaptiveGradient
 from .away_frank_wolfe import AwayFrankWolfe
 from .bayesian import BayesianOptimization
 from .blended_frank_wolfe import BlendedPairwiseFrankWolfe
+from .block_frank_wolfe import BlockFrankWolfe
 from .concrete import Concrete, ConcreteMerge, concrete_merge
 from .constrained import ConstrainedResult, solve_constrained
 from .corrective_frank_wolfe import CorrectiveFrankWolfe
@@ -16,6 +17,7 @@ from .errors import OptionError
 from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
 from .l1_ball import L1Ball
+from .lazy_frank_wolfe import LazyFrankWolfe
 from .loop import STATUSES
 from .mgda import MGDA, PCGrad
 from .minimax import Minimax
@@ -53,6 +55,7 @@ from .step_rules import (
     StepRule,
     make_step_rule,
 )
+from .stochastic_frank_wolfe import StochasticFrankWolfe
 from .trace import read_trace
 
 __all__ = [
@@ -70,6 +73,7 @@ __all__ = [
     "Backtracking",
     "BayesianOptimization",
     "BlendedPairwiseFrankWolfe",
+    "BlockFrankWolfe",
     "Box",
     "Brent",
     "Capped",
@@ -89,6 +93,7 @@ __all__ = [
     "Free",
     "FunctionProblem",
     "L1Ball",
+    "LazyFrankWolfe",
     "LineSearch",
     "Logarithmic",
     "MatrixProblem",
@@ -122,6 +127,7 @@ __all__ = [
     "State",
     "Step",
     "StepRule",
+    "StochasticFrankWolfe",
     "WeightedSum",
     "Worst",
     "concrete_merge",

@@ -38,6 +38,10 @@ class Domain:
         """Return the domain of a problem with these columns, rows and layers of rows; itself if it names none."""
         return self
 
+    def cells(self, rows: int) -> Array:
+        """Return the number of the factor of the product that each row belongs to [rows]: rows that move alone."""
+        return np.arange(rows)
+
     def project(self, point: Array) -> Array:
         """Return the nearest point of the domain, row by row [rows, n]."""
         raise NotImplementedError

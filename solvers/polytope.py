@@ -213,6 +213,15 @@ class BoundPolytope(Domain):
                 made.append((same[:, None], piece))
         return tuple(made)
 
+    def cells(self, rows: int) -> Array:
+        """Blocks that a constraint couples share a number."""
+        numbers = np.empty(rows, dtype=np.int64)
+        used = 0
+        for members, _ in self.pieces:
+            numbers[members] = used + np.arange(len(members))[:, None]
+            used += len(members)
+        return numbers
+
     def _piece(
         self, rows: Array, local: list[Local], member: Array, coupled: list[Coupling], same: Array | None = None
     ) -> Piece:

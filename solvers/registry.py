@@ -6,10 +6,12 @@ from .adaptive import AdaptiveGradient
 from .away_frank_wolfe import AwayFrankWolfe
 from .bayesian import BayesianOptimization
 from .blended_frank_wolfe import BlendedPairwiseFrankWolfe
+from .block_frank_wolfe import BlockFrankWolfe
 from .construct import construct
 from .corrective_frank_wolfe import CorrectiveFrankWolfe
 from .evolution import CMAES
 from .frank_wolfe import FrankWolfe
+from .lazy_frank_wolfe import LazyFrankWolfe
 from .mgda import MGDA, PCGrad
 from .minimax import Minimax
 from .mirror import MirrorDescent
@@ -21,6 +23,7 @@ from .released import ReleasedFrankWolfe, ReleasedSoftFrankWolfe
 from .soft_frank_wolfe import SoftFrankWolfe
 from .softmax import SoftmaxGradient
 from .solver import Solver
+from .stochastic_frank_wolfe import StochasticFrankWolfe
 
 SOLVERS: dict[str, type[Solver]] = {
     "frank-wolfe": FrankWolfe,
@@ -28,6 +31,9 @@ SOLVERS: dict[str, type[Solver]] = {
     "pairwise-frank-wolfe": PairwiseFrankWolfe,
     "blended-pairwise-frank-wolfe": BlendedPairwiseFrankWolfe,
     "corrective-frank-wolfe": CorrectiveFrankWolfe,
+    "block-frank-wolfe": BlockFrankWolfe,
+    "stochastic-frank-wolfe": StochasticFrankWolfe,
+    "lazy-frank-wolfe": LazyFrankWolfe,
     "soft-frank-wolfe": SoftFrankWolfe,
     "projected-gradient": ProjectedGradient,
     "mirror-descent": MirrorDescent,

@@ -30,12 +30,13 @@ HALVINGS = 60
 class Search:
     """What a step rule may know.
 
-    iteration: counted from 0; value: f at γ = 0; slope: ⟨S, D⟩, negative along a descent direction; squared_norm: ‖D‖²;
-    limit: the largest feasible γ; along: γ -> f(Λ + γD), one evaluation each call; resolution: relative noise of f;
-    slope_along: γ -> ⟨S(Λ + γD), D⟩, one gradient each call; quadratic: f is known to be a quadratic.
+    iteration: counted from 0, a fraction where a step moves a part of the blocks; value: f at γ = 0; slope: ⟨S, D⟩,
+    negative along a descent direction; squared_norm: ‖D‖²; limit: the largest feasible γ; along: γ -> f(Λ + γD), one
+    evaluation each call; resolution: relative noise of f; slope_along: γ -> ⟨S(Λ + γD), D⟩, one gradient each call;
+    quadratic: f is known to be a quadratic.
     """
 
-    iteration: int
+    iteration: float
     value: float
     slope: float
     squared_norm: float
@@ -245,6 +246,36 @@ class Backtracking(StepRule):
                 return step
             smoothness *= self.grow
         return 0.0
+
+    def jointly(
+        self,
+        slopes: np.ndarray,
+        squared_norms: np.ndarray,
+        value: float,
+        along: Callable[[np.ndarray], float],
+        slack: float,
+        memory: Memory,
+    ) -> np.ndarray:
+        """Return one γ in [0, 1] for each of several directions D_b [k] of different blocks, with one M for all.
+
+        f(Λ + Σ γ_b D_b) ≤ f(Λ) + Σ (γ_b ⟨S, D_b⟩ + γ_b² M‖D_b‖²/2): one evaluation a trial, however many directions.
+        """
+        falling = np.where(squared_norms > 0, np.maximum(-slopes, 0.0), 0.0)
+        if not falling.any():
+            return np.zeros_like(slopes)
+        norms = np.where(squared_norms > 0, squared_norms, 1.0)
+        if "smoothness" in memory:
+            smoothness = float(memory["smoothness"]) * self.shrink
+        else:
+            smoothness = float(falling.sum() / squared_norms.sum())
+        for _ in range(HALVINGS):
+            steps: np.ndarray = np.minimum(falling / (smoothness * norms), 1.0)
+            bound = value + float(np.sum(steps * slopes + 0.5 * steps**2 * smoothness * squared_norms))
+            if along(steps) <= bound + slack:
+                memory["smoothness"] = np.array(smoothness)
+                return steps
+            smoothness *= self.grow
+        return np.zeros_like(slopes)
 
 
 @dataclass(frozen=True)
