@@ -122,6 +122,23 @@ class TaskPart:
 
 
 @dataclass(frozen=True)
+class BoundPart:
+    """What must not be exceeded while the rest is minimized: an objective over some tasks, at most `bound`.
+
+    objective: the recipe's own unless told; then these tasks are bounded instead of minimized. tasks: all unless told.
+    rounds: updates of the price, max_iter iterations of the solver each. tol: how far above the bound is no matter.
+    repair: if the last point is above it, move it to where it is not.
+    """
+
+    bound: float
+    objective: Choice | None = None
+    tasks: tuple[str, ...] = ()
+    rounds: int = 8
+    tol: float = 1e-4
+    repair: bool = False
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A solve, completely.
 
@@ -129,7 +146,8 @@ class Recipe:
     limit, mixed: what tasks use that do not say it themselves. constraints: texts such as 'sum(digits, chess) <= 0.3',
     within the domain; groups: name -> experts and globs, for use in them. start: average, base,
     task-arithmetic:SCALE, expert:NAME, run:FOLDER (another run's result), or nearest:START, the nearest point that
-    satisfies everything. preset: the named recipe whose fields stand under these.
+    satisfies everything. scalarization: one number out of the tasks' losses (without one, their weighted sum).
+    subject_to: what must not be exceeded. preset: the named recipe whose fields stand under these.
     """
 
     zoo: bool | str = False
@@ -140,6 +158,8 @@ class Recipe:
     limit: int | None = None
     mixed: int | None = None
     objective: Choice | tuple[Choice, ...] = field(default_factory=lambda: Choice("cross-entropy"))
+    scalarization: Choice | None = None
+    subject_to: BoundPart | None = None
     blocks: str | tuple[str, ...] = "layer"
     domain: Choice = field(default_factory=lambda: Choice("simplex"))
     constraints: tuple[str, ...] = ()
@@ -168,6 +188,11 @@ class Recipe:
                 raise UsageProblem(f"recipe:{where} 'mixed' must be at least 1; found {mixed}.")
         if self.tasks and not any(task.weight for task in self.tasks):
             raise UsageProblem("recipe: the weights of all tasks are 0. Give one of them a positive weight.")
+
+    @property
+    def iterations(self) -> int:
+        """How many there will be at most, over all rounds."""
+        return self.max_iter if self.subject_to is None else (self.max_iter + 1) * self.subject_to.rounds - 1
 
     @property
     def objectives(self) -> tuple[Choice, ...]:
@@ -322,6 +347,11 @@ def relative_to(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
             fields["pool"]["experts"] = {name: place(path) for name, path in experts.items()}
         elif isinstance(experts, (list, tuple)):
             fields["pool"]["experts"] = [place(path) for path in experts]
+    if isinstance(pool, Mapping) and isinstance(pool.get("transforms"), (list, tuple)):
+        fields["pool"]["transforms"] = [
+            {**choice, "path": place(choice["path"])} if isinstance(choice, Mapping) and "path" in choice else choice
+            for choice in pool["transforms"]
+        ]
     form, of_a_run, folder_of_run = str(fields.get("start", "")).partition("run:")
     if of_a_run and form in ("", "nearest:"):
         fields["start"] = f"{form}run:{place(folder_of_run)}"

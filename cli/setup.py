@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .many import check_many, constrained_objective, framed
 from .names import UsageProblem, choose, unknown
+from .objective import check_objectives, filled, make_objective
 from .recipe import Choice, ModelPart, PoolPart, Recipe, TaskPart
 
 if TYPE_CHECKING:
@@ -19,10 +20,9 @@ if TYPE_CHECKING:
 
     from ..objectives import Task
     from ..pools import Blocks, Pool
-    from ..solvers import Domain, Problem, Result, Solver
+    from ..solvers import Domain, MatrixProblem, Problem, Result, Solver
     from ..solvers.selection import Selection
 
-PROVIDED = ("model", "tasks", "teachers", "task_weights", "progress", "self")  # what a recipe gives by other fields
 Progress = Callable[[str, int, int], None]
 
 
@@ -226,41 +226,7 @@ class Setup:
     @cached_property
     def objective(self) -> Any:
         """The objective, or the weighted sum of several."""
-        parts = [(choice.options.get("weight", 1.0), self._objective(choice)) for choice in self.recipe.objectives]
-        if len(parts) == 1:
-            return parts[0][1]
-        from ..objectives import WeightedSum
-
-        return WeightedSum(parts)
-
-    def _objective(self, choice: Choice) -> Any:
-        cls = objective_class(choice)
-        options = {"seed": self.recipe.seed, **choice.options}
-        options.pop("weight", None)
-        parameters = inspect.signature(cls).parameters
-        if getattr(cls, "needs_labels", False):
-            tasks = self.tasks
-        else:
-            tasks = self.judged if "teachers" in parameters else self.unlabelled
-        weights = [part.weight for part in self.recipe.tasks]
-        if any(weight != weights[0] for weight in weights):
-            total = sum(weights)
-            options["task_weights"] = {p.name: p.weight / total for p in self.recipe.tasks}
-        if "teachers" in parameters:
-            options["teachers"] = {part.name: self._teacher(part) for part in self.recipe.tasks}
-        if "progress" in parameters and self.progress is not None:
-            options["progress"] = self.progress
-        return cls(self.model, tasks, **options)
-
-    def _teacher(self, part: TaskPart) -> Callable[[], Any]:
-        name = part.teacher or part.name
-        if name == "base":
-            return lambda: merged_base(self.checkpoints)
-        if name not in self.checkpoints.names:
-            known = ["base", *self.checkpoints.names]
-            message = unknown("teacher", name, known, where=f"task '{part.name}'")
-            raise UsageProblem(f"{message} Name one with 'teacher:' in the recipe.")
-        return lambda: one_expert(self.checkpoints, name)
+        return make_objective(self) if self.recipe.subject_to is None else constrained_objective(self)
 
     @cached_property
     def problem(self) -> Problem:
@@ -269,6 +235,11 @@ class Setup:
 
         domain = self.domain  # before the objective: constraints without a solution cost nobody a model
         return Problem(self.pool, self.objective, blocks=self.blocks, domain=domain)
+
+    @cached_property
+    def minimized(self) -> MatrixProblem:
+        """The problem, or the one number out of its tasks that the recipe asks for."""
+        return framed(self, self.problem)
 
     @cached_property
     def domain(self) -> Domain:
@@ -336,27 +307,9 @@ class Setup:
         choose("domain", self.recipe.domain.name, DOMAINS)
         check_domain_options(self.recipe.domain)
         self._check_constraints()
-        for choice in self.recipe.objectives:
-            check_objective(choice)
-        if len(self.recipe.objectives) == 1 and "weight" in self.recipe.objectives[0].options:
-            raise UsageProblem(
-                f"objective '{self.recipe.objectives[0].name}': a 'weight' is relative to other objectives, and there "
-                "is only one. Leave it out, or give a list of objectives."
-            )
+        check_objectives(self.recipe)
+        check_many(self.recipe)
         check_blocks(self.recipe.blocks)
-        self._check_mixed()
-
-    def _check_mixed(self) -> None:
-        """Refuse mixed inputs where no objective has teachers to judge them."""
-        asked = [part.name for part in self.recipe.tasks if part.mixed is not None]
-        if self.recipe.mixed is None and not asked:
-            return
-        if not any("teachers" in inspect.signature(objective_class(c)).parameters for c in self.recipe.objectives):
-            where = f"task '{asked[0]}': " if asked else ""
-            raise UsageProblem(
-                f"{where}'mixed' inputs have no labels: only an objective with teachers can judge them. Take "
-                "--objective distillation, or leave it out."
-            )
 
     def _check_constraints(self) -> None:
         """Refuse constraints that cannot be read, and where the recipe names its experts, those without a solution."""
@@ -377,7 +330,7 @@ class Setup:
         domain = self.domain.describe()
         if recipe.constraints:
             domain = domain["domain"]  # the recipe's constraints stand beside it
-        objectives = tuple(self._filled(choice) for choice in recipe.objectives)
+        objectives = tuple(filled(choice, recipe.seed) for choice in recipe.objectives)
         return replace(
             recipe,
             zoo=_absolute(recipe.zoo) or False if isinstance(recipe.zoo, str) else recipe.zoo,
@@ -402,14 +355,6 @@ class Setup:
             start=f"{form}run:{_absolute(argument)}" if of_a_run else recipe.start,
         )
 
-    def _filled(self, choice: Choice) -> Choice:
-        defaults = {
-            name: parameter.default
-            for name, parameter in inspect.signature(objective_class(choice)).parameters.items()
-            if name not in PROVIDED and parameter.default is not inspect.Parameter.empty
-        }
-        return Choice(choice.name, {**defaults, "seed": self.recipe.seed, **choice.options})
-
     def _resolved_model(self, part: ModelPart) -> ModelPart:
         architecture = part.architecture
         if isinstance(architecture, str):
@@ -422,6 +367,8 @@ class Setup:
 
     def _resolved_pool(self, part: PoolPart) -> PoolPart:
         pool = self.pool  # opened, so that globs have become paths and "auto" a backend
+        transforms = tuple(_placed(choice) for choice in part.transforms)
+        part = replace(part, transforms=transforms)
         if self.recipe.zoo:
             return replace(part, experts=tuple(pool.names), backend=pool.backend, select=None)
         experts = {name: str(_absolute(self.paths[name])) for name in pool.names}
@@ -469,41 +416,10 @@ def check_domain_options(domain: Choice) -> None:
         raise UsageProblem(f"the domain '{domain.name}' has no options; found '{option}'. {remedy}")
 
 
-def objective_class(choice: Choice) -> Any:
-    """The class behind an objective's name."""
-    from ..objectives.registry import OBJECTIVES
-
-    # The others take other objectives or a loss function: a list of objectives in the recipe is their weighted sum.
-    known = [name for name, entry in OBJECTIVES.items() if entry.data in ("labelled", "unlabelled", "teachers")]
-    choose("objective", choice.name, known)
-    return OBJECTIVES[choice.name].load()
-
-
-def check_objective(choice: Choice) -> None:
-    """Refuse an objective that does not exist, and options that it does not have."""
-    parameters = inspect.signature(objective_class(choice)).parameters
-    known = [name for name in parameters if name not in PROVIDED]
-    for option in choice.options:
-        if option not in known and option != "weight":
-            raise unknown(f"option of the objective '{choice.name}':", option, known)
-
-
-def merged_base(pool: Pool) -> dict[str, Any]:
-    """The merged tensors of the base, θ0."""
-    import numpy as np
-
-    weights: dict[str, Any] = pool.combine(np.zeros((1, pool.n)), pool.blocks("model"))
-    return weights
-
-
-def one_expert(pool: Pool, name: str) -> dict[str, Any]:
-    """The merged tensors of one expert, θ0 + τ_i."""
-    import numpy as np
-
-    one_hot = np.zeros((1, pool.n))
-    one_hot[0, pool.names.index(name)] = 1.0
-    weights: dict[str, Any] = pool.combine(one_hot, pool.blocks("model"))
-    return weights
+def _placed(transform: Choice) -> Choice:
+    """A transform whose file, if it reads one, is found from anywhere."""
+    path = transform.options.get("path")
+    return Choice(transform.name, {**transform.options, "path": _absolute(path)}) if path is not None else transform
 
 
 def _absolute(path: str | None) -> str | None:

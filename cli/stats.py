@@ -281,7 +281,7 @@ def run(setup: Setup, jobs: Sequence[Job], options: Options, *, quiet: bool) -> 
     """Compute what is not there yet, expert by expert; each file is complete as soon as it has its name."""
     from ..pools import write_statistics
     from .console import counting, note
-    from .setup import one_expert
+    from .objective import one_expert
 
     rows: list[dict[str, Any]] = []
     held: tuple[str, Any] | None = None

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .accuracy_loss import AccuracyLoss
+    from .alignment import FeatureAlignment
+    from .calibration import Calibration, calibrate
     from .clip import CLIP
     from .corruptions import CORRUPTIONS, corrupt
     from .cross_entropy import CrossEntropy
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from .objective import Evaluation, Objective, SumObjective, TaskObjective
     from .outputs import features, predictions
     from .proximity import Proximity
+    from .relative import RelativeLoss
+    from .retention import Retention
+    from .sharpness import SharpnessAware
     from .statistics import Statistic, fisher_diagonal, grams
     from .surgery import Surgery, fit_surgery
     from .task import Task, joint
@@ -32,17 +37,22 @@ _MODULES = {
     "AugmentedLagrangian": "lagrangian",
     "CLIP": "clip",
     "CORRUPTIONS": "corruptions",
+    "Calibration": "calibration",
     "CrossEntropy": "cross_entropy",
     "DataError": "errors",
     "Distillation": "distillation",
     "Entropy": "entropy",
     "Evaluation": "objective",
+    "FeatureAlignment": "alignment",
     "LossObjective": "loss_objective",
     "Model": "models",
     "ModuleModel": "models",
     "Objective": "objective",
     "Proximity": "proximity",
+    "RelativeLoss": "relative",
+    "Retention": "retention",
     "Scores": "evaluation",
+    "SharpnessAware": "sharpness",
     "Statistic": "statistics",
     "SumObjective": "objective",
     "Surgery": "surgery",
@@ -51,14 +61,15 @@ _MODULES = {
     "WeightedSum": "weighted_sum",
     "Weights": "models",
     "accuracy": "evaluation",
+    "calibrate": "calibration",
     "corrupt": "corruptions",
     "evaluate": "evaluation",
+    "features": "outputs",
     "fisher_diagonal": "statistics",
     "fit_surgery": "surgery",
     "grams": "statistics",
     "joint": "task",
     "predictions": "outputs",
-    "features": "outputs",
 }
 
 __all__ = [
@@ -66,17 +77,22 @@ __all__ = [
     "CORRUPTIONS",
     "AccuracyLoss",
     "AugmentedLagrangian",
+    "Calibration",
     "CrossEntropy",
     "DataError",
     "Distillation",
     "Entropy",
     "Evaluation",
+    "FeatureAlignment",
     "LossObjective",
     "Model",
     "ModuleModel",
     "Objective",
     "Proximity",
+    "RelativeLoss",
+    "Retention",
     "Scores",
+    "SharpnessAware",
     "Statistic",
     "SumObjective",
     "Surgery",
@@ -85,6 +101,7 @@ __all__ = [
     "WeightedSum",
     "Weights",
     "accuracy",
+    "calibrate",
     "corrupt",
     "evaluate",
     "features",

@@ -1,4 +1,7 @@
-"""Cross-entropy on few labels: ℓ(x, y) = −log softmax(z(x))_y, with label smoothing ε as in Szegedy et al. (2016)."""
+"""Cross-entropy on few labels: ℓ(x, y) = −log softmax(z(x) / T)_y, with label smoothing ε as in Szegedy et al. (2016).
+
+T > 1 lets confident samples count longer, and keeps a merge from being driven to be confident; ε does so, too.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch import Tensor
 
 from .errors import DataError
 from .models import Model
-from .objective import TaskObjective, is_number
+from .objective import TaskObjective, checked_positive, is_number
 from .task import Indices, Task
 
 
 class CrossEntropy(TaskObjective):
     """Mean cross-entropy of the tasks' labels; needs labels.
 
-    label_smoothing: ε in [0, 1): the target is (1 − ε) on the label and ε/C on every class.
+    label_smoothing: ε in [0, 1): the target is (1 − ε) on the label and ε/C on every class. temperature: T > 0.
     The other parameters are those of `TaskObjective`.
     """
 
@@ -32,6 +35,7 @@ class CrossEntropy(TaskObjective):
         microbatch: int = 256,
         seed: int = 0,
         label_smoothing: float = 0.0,
+        temperature: float = 1.0,
         *,
         task_weights: Mapping[str, float] | None = None,
     ) -> None:
@@ -41,14 +45,17 @@ class CrossEntropy(TaskObjective):
                 f"Got {label_smoothing!r} instead."
             )
         self.label_smoothing = float(label_smoothing)
+        self.temperature = checked_positive(temperature, "temperature", "CrossEntropy")
         super().__init__(model, tasks, batch_size, microbatch, seed, task_weights=task_weights)
 
-    def sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
+    def sample_losses(self, outputs: Tensor, task: Task, indices: Indices) -> Tensor:
         """−Σ_c target_c log p_c [B]."""
         assert task.labels is not None
-        labels = task.labels[torch.from_numpy(indices)].to(logits.device)
+        labels = task.labels[torch.from_numpy(indices)].to(outputs.device)
+        logits = outputs / self.temperature
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def describe(self) -> dict[str, Any]:
-        """The record of `TaskObjective`, and the label smoothing."""
-        return {**super().describe(), "label_smoothing": self.label_smoothing}
+        """The record of `TaskObjective`, label smoothing and temperature."""
+        options = {"label_smoothing": self.label_smoothing, "temperature": self.temperature}
+        return {**super().describe(), **options}

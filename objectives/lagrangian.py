@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .errors import DataError
 from .models import Weights
-from .objective import Source, SumObjective, Term, is_number
+from .objective import Source, SumObjective, Term, checked_device, is_number
 
 
 class AugmentedLagrangian(SumObjective):
@@ -49,8 +48,7 @@ class AugmentedLagrangian(SumObjective):
                 f"The 'bound' parameter of AugmentedLagrangian must be a finite number, the largest value that the "
                 f"constraint may take. Got {bound!r} instead."
             )
-        # As devices of tensors, since 'cuda' and 'cuda:0' are one device under two names.
-        if torch.empty(0, device=objective.device).device != torch.empty(0, device=constraint.device).device:
+        if checked_device(objective.device) != checked_device(constraint.device):
             raise DataError(
                 f"AugmentedLagrangian: the objective is on {objective.device}, the constraint on {constraint.device}; "
                 f"use one device."

@@ -2,8 +2,8 @@
 
 A mixture has no label, but a teacher judges any input: where labels are not looked at, a hundred images become
 thousands, on which the merged model is to be the same function as the teachers (function matching).
-Sources: Zhang et al. (2018), mixup, equation 1; Beyer et al. (2022), Knowledge distillation: A good teacher is patient
-and consistent, section 3.2 (mixtures for teacher and student alike, u uniform).
+Sources: Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization; Beyer et al. (2022), Knowledge distillation: A
+good teacher is patient and consistent (function matching: the same mixtures for teacher and student).
 """
 
 from __future__ import annotations

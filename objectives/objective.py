@@ -8,6 +8,7 @@ added up in one buffer. Memory is one model, one gradient, and the activations o
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -197,7 +198,7 @@ class SumObjective(ABC):
 
 
 class TaskObjective(SumObjective):
-    """The loop that cross-entropy, entropy and distillation share: a subclass says what the loss of a logit row is.
+    """The loop that objectives on tasks share: a subclass says what the loss of a row of the model's outputs is.
 
     model: logits as a function of weights. tasks: one or more, with distinct names.
     batch_size: samples a task and iteration, drawn without replacement from one permutation an epoch; None: all.
@@ -206,6 +207,7 @@ class TaskObjective(SumObjective):
     """
 
     needs_labels: ClassVar[bool] = False
+    taught: ClassVar[bool] = False  # whether other models say what is right, which they can of any input
 
     def __init__(
         self,
@@ -240,8 +242,12 @@ class TaskObjective(SumObjective):
             )
         self.model.check_task(task)
 
-    def sample_losses(self, logits: Tensor, task: Task, indices: Indices) -> Tensor:
-        """Losses [B], float64, of the logits [B, C], float64, of these samples of the task."""
+    def outputs(self, tensors: Weights, inputs: Tensor, task: Task) -> Tensor:
+        """What the loss is a function of, [B, ...]: the logits, unless a subclass says otherwise."""
+        return self.model.logits(tensors, inputs, task)
+
+    def sample_losses(self, outputs: Tensor, task: Task, indices: Indices) -> Tensor:
+        """Losses [B], float64, of the outputs [B, ...], float64, of these samples of the task."""
         raise NotImplementedError
 
     @property
@@ -279,9 +285,9 @@ class TaskObjective(SumObjective):
             for start in range(0, len(indices), self.microbatch):
                 chunk = indices[start : start + self.microbatch]
                 with readable_out_of_memory(len(chunk), task.name, self.device):
-                    logits = self.model.logits(tensors, task.batch(chunk), task)
-                    # A row of logits is small: its loss in float64 costs nothing and keeps differences of losses exact.
-                    loss = self.sample_losses(logits.double(), task, chunk).sum() / len(indices)
+                    outputs = self.outputs(tensors, task.batch(chunk), task)
+                    # A row of outputs is small: its loss in float64 costs nothing and keeps differences exact.
+                    loss = self.sample_losses(outputs.double(), task, chunk).sum() / len(indices)
                     if scale is not None:
                         add_gradient(loss, scale)
                 total += loss.detach()
@@ -317,6 +323,20 @@ class TaskObjective(SumObjective):
             ],
             **self.model.describe(),
         }
+
+
+def checked_positive(value: float, name: str, owner: str) -> float:
+    """A finite number above 0, or DataError."""
+    if not (is_number(value) and math.isfinite(value) and value > 0):
+        raise DataError(
+            f"The {name!r} parameter of {owner} must be a float in the range (0, inf). Got {value!r} instead."
+        )
+    return float(value)
+
+
+def checked_device(device: torch.device) -> torch.device:
+    """The device as tensors on it name it: 'cuda' and 'cuda:0' are one device under two names."""
+    return torch.empty(0, device=device).device
 
 
 def is_number(value: object) -> bool:

@@ -52,11 +52,35 @@ OBJECTIVES: dict[str, Entry] = {
         "Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, section 2",
         "teachers",
     ),
+    "feature-alignment": Entry(
+        "alignment:FeatureAlignment",
+        "Mean distance of the features from each task's expert's, without labels.",
+        "Yang et al. (2024), Representation Surgery for Multi-Task Model Merging",
+        "teachers",
+    ),
+    "retention": Entry(
+        "retention:Retention",
+        "Mean KL divergence from the base to the merged model, without labels.",
+        "Li and Hoiem (2016), Learning without Forgetting",
+        "unlabelled",
+    ),
     "proximity": Entry(
         "proximity:Proximity",
         "Squared distance from given weights, Euclidean or by a diagonal Fisher, without data.",
         "Kirkpatrick et al. (2017), Overcoming catastrophic forgetting in neural networks, eq. 3",
         "none",
+    ),
+    "sharpness-aware": Entry(
+        "sharpness:SharpnessAware",
+        "Another objective at the worst weights nearby (option 'sharpness' of each).",
+        "Foret et al. (2021), Sharpness-Aware Minimization",
+        "any",
+    ),
+    "relative-loss": Entry(
+        "relative:RelativeLoss",
+        "Another objective measured against each task's expert (option 'normalize_by' of each).",
+        "Agarwal and Zhang (2022), Minimax Regret Optimization for Robust Distribution Shift",
+        "any",
     ),
     "augmented-lagrangian": Entry(
         "lagrangian:AugmentedLagrangian",

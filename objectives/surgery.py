@@ -5,7 +5,7 @@
 z are the normalized image embeddings of a CLIP, and ẑ is normalized again before the head. Inputs need no labels, but
 the model must be told which task an input belongs to. The merged weights stay as they are, so the features of both
 models are computed once, and what is trained is two small matrices.
-Source: Yang et al. (2024), Representation Surgery for Multi-Task Model Merging, equations 2 and 3.
+Source: Yang et al. (2024), Representation Surgery for Multi-Task Model Merging.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import DataError
 from .models import Weights
-from .objective import Source, SumObjective, Term
+from .objective import Source, SumObjective, Term, checked_device
 
 
 class WeightedSum(SumObjective):
@@ -37,7 +37,7 @@ class WeightedSum(SumObjective):
                 )
             if not (math.isfinite(weight) and weight >= 0):
                 raise DataError(f"WeightedSum: weights must be finite and not negative, got {weight!r}.")
-        devices = {str(objective.device) for _, objective in parts}
+        devices = {str(checked_device(objective.device)) for _, objective in parts}
         if len(devices) > 1:
             raise DataError(
                 f"WeightedSum: the models are on different devices ({', '.join(sorted(devices))}); use one."

@@ -9,8 +9,8 @@ for all, and the coefficients are found on it by AdaMerging. No graph runs throu
     ∂ℓ/∂m̃ = ∇θ ⊙ D,   ∂m/∂x = m (1 − m) / T
 
 so that an iteration is two gradients of the objective, two passes of A and one of Aᵀ, in the memory of a few models.
-Source: Tang et al. (2023), Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion,
-equations 5 to 9 and algorithm 1; the rescaling by the mean and the defaults are those of the released code.
+Source: Tang et al. (2023), Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion;
+the rescaling by the mean and the defaults, but for the inner step (there one of Adam), are the released code's.
 """
 
 from __future__ import annotations

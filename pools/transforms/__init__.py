@@ -67,7 +67,7 @@ TRANSFORMS: dict[str, Entry] = {
     "mask": Entry(
         "mask:Mask",
         "Multiply by one mask for all experts, from a file.",
-        "Tang et al. (2023), Concrete Subspace Learning, section 4",
+        "Tang et al. (2023), Concrete Subspace Learning based Interference Elimination",
     ),
 }
 

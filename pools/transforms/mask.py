@@ -4,7 +4,7 @@
 
 A learned shared subspace (`concrete_merge` writes one), a mask of a pruned model, or any other multipliers, also beyond
 [0, 1]. The file is read in pieces, as the experts are.
-Source: Tang et al. (2023), Concrete Subspace Learning based Interference Elimination, section 4.
+Source: Tang et al. (2023), Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def test_objectives_that_need_what_a_task_lacks_refuse_it(
     with pytest.raises(DataError, match=r"needs 'proj', which the weights lack"):
         Distillation(clip, shapes, {"shapes": {n: t for n, t in clip_weights.items() if n != "proj"}}).predict()
     broken = {n: t * float("nan") for n, t in clip_weights.items()}
-    with pytest.raises(DataError, match="the teacher of task 'shapes' gives logits that are not finite"):
+    with pytest.raises(DataError, match="the teacher of task 'shapes' gives outputs that are not finite"):
         Distillation(clip, shapes, {"shapes": broken}).value(clip_weights)
 
 
