@@ -199,6 +199,12 @@ def _trace(run: Run, names: Sequence[str]) -> tuple[dict[str, Any], list[list[tu
     trace["tasks"] = {name: [_digits(value[k]) for k in kept] for name, value in run.task_losses().items()}
     for key in ("active", "kind"):
         trace[key] = [about.get(key) for about in extra] if any(key in about for about in extra) else None
+    if any("strong_gap" in about for about in extra):
+        trace["strong_gap"] = [_digits(about.get("strong_gap")) for about in extra]
+    weighed = dict.fromkeys(task for about in extra for task in about.get("task_weights") or {})
+    trace["task_weights"] = {
+        task: [_digits((about.get("task_weights") or {}).get(task)) for about in extra] for task in weighed
+    }
     place = {"base": -1, "start": -2, **{name: k for k, name in enumerate(names)}}
     choices = [[(place[name], round(share, 3)) for name, share in run.choices(record).items()] for record in records]
     pairs = sum(map(len, choices))

@@ -85,13 +85,13 @@ def wide(run: Run, *, experts: Sequence[str] | None = None, layers: Sequence[str
     nested = {
         f"{group}.{key}": (group, key)
         for group in NESTED
-        for key in dict.fromkeys(key for record in run.records for key in record.get(group) or {})
+        for key in dict.fromkeys(key for record in run.records for key in _leaves(record.get(group)))
     }
     rows = []
     for record in run.records:
         row: Row = {name: record.get(name) for name in SCALARS}
         row["vertices"] = "; ".join(f"{name} {share:.4g}" for name, share in run.choices(record).items()) or None
-        row |= {name: _flat((record.get(group) or {}).get(key)) for name, (group, key) in nested.items()}
+        row |= {name: _leaves(record.get(group)).get(key) for name, (group, key) in nested.items()}
         matrix = record.get("coefficients")
         for i in columns:
             mean = None if matrix is None else sum(line[i] for line in matrix) / len(matrix)
@@ -226,9 +226,15 @@ def _positions(kind: str, names: Sequence[str], wanted: Sequence[str] | None, ru
     return [names.index(name) for name in dict.fromkeys(wanted)]
 
 
-def _flat(value: Any) -> Any:
-    """A value that fits into one cell: lists and mappings as JSON text."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, Mapping)) else value
+def _leaves(group: Mapping[str, Any] | None) -> Row:
+    """The entries of an object; those of objects in it as KEY.NAME, lists as JSON text."""
+    found: Row = {}
+    for key, value in (group or {}).items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{name}": entry for name, entry in _leaves(value).items()}
+        else:
+            found[key] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+    return found
 
 
 def _some(row: Mapping[str, Any]) -> str:

@@ -170,6 +170,7 @@ function dataTable(head, rows, caption) {
     el("thead", {}, el("tr", {}, head.map((name, k) => el("th", { scope: "col", class: numeric[k] && "n" }, name)))),
     el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value, k) => el(k ? "td" : "th", { class: numeric[k] && "n", scope: k ? null : "row" }, cell(value)))))));
 }
+const pairsTable = (rows) => el("table", { class: "pairs" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)))));
 const ROWS = 300;
 function details(head, make) {
   const node = el("details", {}, el("summary", {}, "Data"));
@@ -307,7 +308,7 @@ function band(s, X, Y) {
 function mark(shape, x, y, colour, scale) {
   const style = { fill: colour, stroke: "var(--card)", strokeWidth: scale < 1 ? 0 : 1 };
   const path = {
-    away: "M-4 3.5L4 3.5L0 -4Z", pairwise: "M-3.4 -3.4H3.4V3.4H-3.4Z", drop: "M0 -4.8L4.8 0L0 4.8L-4.8 0Z", descent: "M-4 -3.5L4 -3.5L0 4Z",
+    away: "M-4 3.5L4 3.5L0 -4Z", pairwise: "M-3.4 -3.4H3.4V3.4H-3.4Z", drop: "M0 -4.8L4.8 0L0 4.8L-4.8 0Z", swap: "M0 -4.8L4.8 0L0 4.8L-4.8 0Z", corrective: "M-3.4 -3.4H3.4V3.4H-3.4Z", lazy: "M-4 -3.5L4 -3.5L0 4Z",
   }[shape];
   return path ? svg("path", { d: path, transform: `translate(${r1(x)} ${r1(y)}) scale(${scale})`, style }) : svg("circle", { cx: r1(x), cy: r1(y), r: 3.2 * scale, style });
 }
@@ -527,7 +528,7 @@ function activeSet(run) {
       });
       t.iteration.forEach((at, k2) => {
         for (const [n, s] of choices[k2] || []) {
-          if ((n === -1 ? "base" : DATA.names[n]) === row.name) root.append(svg("circle", { cx: r1(X(at)), cy: y + size / 2, r: r1(Math.max(1.3, largest * Math.sqrt(s))), style: { fill: row.e < 0 ? "var(--soft)" : colour, stroke: "var(--card)", strokeWidth: 0.8 } }));
+          if ((n === -1 ? "base" : DATA.names[n]) === row.name) root.append(svg("circle", { cx: r1(X(at)), cy: y + size / 2, r: r1(Math.max(1.3, largest * Math.sqrt(s))), style: { fill: row.e < 0 ? "var(--soft)" : colour, stroke: "var(--card)", strokeWidth: largest > 3 ? 0.8 : 0 } }));
         }
       });
     });
@@ -726,10 +727,12 @@ function convergence(run) {
   const certificate = [];
   if (t.gap.some(known)) certificate.push({ name: "gap", colour: "var(--gap)", xs: t.iteration, ys: t.gap, marks: dots });
   certificate.push({ name: "stationarity", colour: "var(--faint)", dash: certificate.length ? "5 3" : "", xs: t.iteration, ys: t.stationarity, marks: dots && !certificate.length, width: certificate.length ? 1.4 : 1.8 });
+  if (t.strong_gap) certificate.push({ name: "strong gap", colour: "var(--accent)", dash: "2 3", xs: t.iteration, ys: t.strong_gap, width: 1.4 });
   const off = new Set(), estimate = run.estimate ? "Estimated on minibatches. " : "";
   const tasks = Object.keys(t.tasks), coloured = new Map(tasks.map((name, k) => [name, INDEX.has(name) ? expertColour(name) : seriesColour(k)]));
   const taskSeries = tasks.map((name, k) => ({ name, colour: coloured.get(name), dash: INDEX.has(name) ? "" : DASHES[Math.floor(k / DATA.series) % 4], xs: t.iteration, ys: t.tasks[name], marks: dots, named: tasks.length <= 10 }));
-  const offTasks = new Set();
+  const offTasks = new Set(), weighed = Object.keys(t.task_weights), offWeights = new Set();
+  const weightSeries = weighed.map((name, k) => ({ name, colour: coloured.get(name) || seriesColour(k), dash: taskSeries.find((s) => s.name === name)?.dash || "", xs: t.iteration, ys: t.task_weights[name], marks: dots, named: weighed.length <= 10 }));
   const kinds = t.kind ? [...new Set(t.kind.filter(Boolean))] : [];
   const stepValues = t.step.filter((v) => v > 0);
   const logStep = stepValues.length > 0 && Math.max(...stepValues) > 100 * Math.min(...stepValues);
@@ -745,6 +748,7 @@ function convergence(run) {
       card("Objective", null, chart({ label: `Objective of ${run.name}: from ${fmt(t.value[0])} to ${fmt(t.value.at(-1))}`, height: 240, whole: true, series: () => objective, cursor, pick }), seriesDetails("iteration", objective)),
       card(certificate.length > 1 ? "Gap and stationarity" : "Stationarity", null, chart({ label: `Certificates of ${run.name} over the iterations, logarithmic`, height: certificate.length > 1 ? 205 : 240, log: true, whole: true, series: () => certificate.filter((s) => !off.has(s.name)), cursor, pick }), certificate.length > 1 && legend(certificate.map((s) => ({ name: s.name, colour: s.colour, dash: s.dash || "" })), off, redraw), seriesDetails("iteration", certificate)),
       tasks.length > 0 && card("Loss by task", null, chart({ label: `Loss of each task of ${run.name} over the iterations`, height: 240, whole: true, names: true, rows: 14, series: () => taskSeries.filter((s) => !offTasks.has(s.name)), cursor, pick }), legend(taskSeries.map((s) => ({ name: s.name, colour: s.colour, dash: s.dash })), offTasks, redraw), seriesDetails("iteration", taskSeries)),
+      weighed.length > 0 && card("Weights of the tasks", "In the direction of each step.", chart({ label: `Weight of each task of ${run.name} over the iterations`, height: 240, zero: true, whole: true, names: true, rows: 14, series: () => weightSeries.filter((s) => !offWeights.has(s.name)), cursor, pick }), legend(weightSeries.map((s) => ({ name: s.name, colour: s.colour, dash: s.dash })), offWeights, redraw), seriesDetails("iteration", weightSeries)),
       card("Step size", kinds.length ? "By the kind of the step." : null, chart({ label: `Step sizes of ${run.name} over the iterations`, height: 240, log: logStep, zero: !logStep, whole: true, series: stepSeries, cursor, pick, nothing: "no step was taken" }), kinds.length > 0 && legend(kinds.map((kind) => ({ name: kind, label: `${kind} ${t.kind.filter((k) => k === kind).length}`, colour: kindColour(kind) })), offKinds, redraw), details(["iteration", "step", ...(kinds.length ? ["kind"] : [])], () => t.iteration.map((at, k) => [at, t.step[k], ...(kinds.length ? [t.kind[k] || "–"] : [])])))),
   ];
 }
@@ -799,7 +803,7 @@ function cost(run) {
   return card("What it took", null,
     parts.length > 0 && total > 0 && el("div", { class: "bar", role: "img", "aria-label": "seconds by part" }, parts.map(([, s], k) => el("span", { style: { flex: `${s / total} 0 0`, background: k < 3 ? seriesColour(k) : "var(--hatch)" } }))),
     parts.length > 0 && total > 0 && el("ul", { class: "keys" }, parts.map(([name, s], k) => el("li", { title: meaning[name] || "" }, el("i", { class: "swatch", style: { background: k < 3 ? seriesColour(k) : "var(--hatch)" } }), `${name} `, el("b", {}, seconds(s)), ` ${percent(s / total)}`))),
-    dataTable(["", ""], [
+    pairsTable([
       ["wall clock", seconds(c.seconds)], ["gradients (forward and backward)", fmt(c.gradients)], ["values (forward only)", fmt(c.evaluations)],
       ["samples through the model", `${fmt(c.samples)}${known(c.gradient_samples) ? `, ${fmt(c.gradient_samples)} of them with a gradient` : ""}`],
       ["combines and correlates", `${fmt(c.combines)} and ${fmt(c.correlates)}`], ["read from the pool", bytes(c.bytes_read)], ["peak memory of the process", bytes(c.peak_memory)],
@@ -811,7 +815,7 @@ function dataUsed(run) {
     d.test_inputs && el("p", { class: "warning", role: "note" }, el("b", {}, "Test inputs. "), "Some examples are from a test split: accuracies on that split are transductive."),
     el("p", { class: "note" }, d.known ? `${plural(d.labelled ?? 0, "labelled example")}, ${plural(d.unlabelled ?? 0, "unlabelled example")}.${d.test_inputs ? "" : " No test inputs."}` : "Known when the run has ended."),
     run.task_data.length > 0 && dataTable(["task", "split", "samples", "labels"], run.task_data.map((t) => [t.name, t.split ?? "–", t.samples ?? "–", typeof t.labels_used !== "boolean" ? "–" : t.labels_used ? "used" : "not used"])),
-    run.about.length > 0 && el("div", { style: { marginTop: "14px" } }, el("h3", {}, "The problem"), dataTable(["", ""], run.about)));
+    run.about.length > 0 && el("div", { style: { marginTop: "14px" } }, el("h3", {}, "The problem"), pairsTable(run.about)));
 }
 
 // ---------------------------------------------------------------- several runs

@@ -180,3 +180,14 @@ def test_an_unknown_format_and_a_missing_folder_are_refused(tmp_path):
         export([], list(LONG), tmp_path / "a.xlsx")
     with pytest.raises(RunError, match="there is no folder"):
         export([], list(LONG), tmp_path / "no" / "a.csv")
+
+
+def test_objects_in_extra_have_a_column_an_entry(write_run):
+    folder = write_run(iterations=3)
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    lines[2]["extra"] = {"kind": "drop", "task_weights": {"one": 0.25, "two": 0.75}, "list": [1, 2]}
+    (folder / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = wide(read_run(folder))
+    assert [row["extra.task_weights.two"] for row in rows] == [None, 0.75, None]
+    assert [row["extra.kind"] for row in rows] == [None, "drop", None]
+    assert rows[1]["extra.list"] == "[1, 2]"
