@@ -247,7 +247,7 @@ class Cell:
             raise RuntimeError(f"projection onto the constraints failed: {problem.status}")
         found = self.repair(np.asarray(variable.value))
         if self.width == self.size <= POLISHED:
-            found = np.array([self._polish(one, point) for one, point in zip(found, points, strict=True)])
+            found = self._polish(found, points)
         return found[:, : self.size]
 
     def _program(self, k: int) -> tuple[Any, Any, Any]:
@@ -263,18 +263,20 @@ class Cell:
         nearest = cp.Minimize(cp.sum_squares(variable[:, : self.size] - parameter))
         return cp.Problem(nearest, constraints), parameter, variable
 
-    def _polish(self, found: Array, point: Array) -> Array:
-        """Solve for the projection exactly, given which inequalities hold with equality; keep it if it is no worse."""
-        equal, equal_to, _ = self._dense
-        active = self.at_most - self.below @ found < 1e-7 * (1.0 + np.abs(point).max())
-        rows = np.vstack([equal, self._dense[2][active]])
-        if not len(rows):
-            return found
-        residual = rows @ point - np.append(equal_to, self.at_most[active])
-        exact = point - np.linalg.lstsq(rows, residual, rcond=1e-12)[0]
-        exact = self.repair(exact[None])[0]
-        better = np.linalg.norm(exact - point) <= np.linalg.norm(found - point) * (1 + 1e-12)
-        return exact if better and self.violation(exact[None])[0] <= INSIDE else found
+    def _polish(self, found: Array, points: Array) -> Array:
+        """Solve for the projections exactly, given which inequalities are tight; keep those that are no worse."""
+        equal, equal_to, below = self._dense
+        active = self.at_most - found @ below.T < 1e-7 * (1.0 + np.abs(points).max(axis=1, keepdims=True))
+        exact = points.copy()
+        for one, tight in zip(exact, active, strict=True):
+            rows = np.vstack([equal, below[tight]])
+            if len(rows):
+                residual = rows @ one - np.append(equal_to, self.at_most[tight])
+                one -= np.linalg.lstsq(rows, residual, rcond=1e-12)[0]
+        exact = self.repair(exact)
+        nearer = np.linalg.norm(exact - points, axis=1) <= np.linalg.norm(found - points, axis=1) * (1 + 1e-12)
+        kept = nearer & (self.violation(exact) <= INSIDE)
+        return np.where(kept[:, None], exact, found)
 
     @cached_property
     def _dense(self) -> tuple[Array, Array, Array]:

@@ -288,8 +288,8 @@ def check_feasible(domain: Domain, point: Array, row_names: tuple[str, ...], wha
         raise OptionError(
             f"{what} is outside the domain '{domain.name}' at block '{row_names[worst]}': "
             f"{domain.breach(point, worst)}, a violation of {violation[worst]:.3g}. "
-            "Start from 'average', choose a domain that contains the point ('capped' contains the base, 'free' "
-            "everything), or project it first, as 'nearest:average' does."
+            "Start at the nearest point of the domain ('nearest:average', 'nearest:base'), or choose a domain that "
+            "contains the point ('capped' contains the base, 'free' everything)."
         )
 
 

@@ -305,7 +305,7 @@ class BoundPolytope(Domain):
             why = f"they contradict each other by {conflict.miss:.6g}"
         else:
             weights, limit, least = (x / largest for x in (conflict.weights, conflict.limit, conflict.least))
-            turned = weights.sum() < 0
+            turned = weights.sum() < -1e-9 or (abs(weights.sum()) <= 1e-9 and weights[np.flatnonzero(weights)[0]] < 0)
             left = self._words(-weights if turned else weights, rows)
             asked, found = (-limit, -least) if turned else (limit, least)
             together = " together" if len(texts) > 1 else ""
