@@ -125,6 +125,9 @@ class Line(Protocol):
     def slope(self, step: float) -> float:
         """d/dγ f(Λ + γD) = ⟨S(Λ + γD), D⟩, by one gradient."""
 
+    def task_slopes(self, step: float) -> tuple[dict[str, float], Array]:
+        """The loss of each task at Λ + γD, and its derivative [T], by one gradient a task."""
+
     def accept(self, step: float, point: Array | None = None) -> None:
         """Keep what is known at γ = step: the solver goes there, to ``point`` if that differs in rounding."""
 
@@ -210,7 +213,7 @@ class MatrixProblem:
         return Evaluation(self.value(point), None)  # type: ignore[arg-type]
 
     def task_values(self, point: Array) -> dict[str, float]:
-        """Return the loss of each task at ``point``, in the order of ``tasks``; without a gradient where that can be."""
+        """Return the loss of each task at ``point``, in the order of ``tasks``; without a gradient where possible."""
         return dict(self.evaluate(point).task_values)
 
     def line(self, point: Array, direction: Array) -> Line:
@@ -257,6 +260,13 @@ class PointwiseLine:
     def slope(self, step: float) -> float:
         """⟨S(Λ + γD), D⟩."""
         return float(np.sum(self.problem.evaluate(self.point + step * self.direction).scores * self.direction))
+
+    def task_slopes(self, step: float) -> tuple[dict[str, float], Array]:
+        """The losses at Λ + γD, and ⟨S_t(Λ + γD), D⟩ [T]."""
+        found = self.problem.evaluate(self.point + step * self.direction, tasks=True)
+        if found.task_scores is None:
+            return dict(found.task_values), np.full(len(self.problem.tasks), math.nan)
+        return dict(found.task_values), np.sum(found.task_scores * self.direction, axis=(1, 2))
 
     def accept(self, step: float, point: Array | None = None) -> None:
         """Nothing is kept between points."""
@@ -527,13 +537,23 @@ class WeightLine:
 
     def slope(self, step: float) -> float:
         """One gradient of the objective at θ + γ·(A D), and its inner product with A D: nothing is read."""
+        found = self._gradient(step, per_task=False)
+        return self._along(found.gradient) if math.isfinite(found.loss) else math.nan
+
+    def task_slopes(self, step: float) -> tuple[dict[str, float], Array]:
+        """The same by task."""
+        found = self._gradient(step, per_task=True)
+        if not math.isfinite(found.loss):
+            return dict(found.task_losses), np.full(len(self._problem.tasks), math.nan)
+        return dict(found.task_losses), np.array([self._along(gradient) for gradient in found.gradient])
+
+    def _gradient(self, step: float, *, per_task: bool) -> ObjectiveEvaluation:
         self._move(step)
         self._problem.counts.gradients += 1
         with self._problem.timed("objective"):
-            found = self._problem.objective.value_and_grad(self._trial)
-        if not math.isfinite(found.loss):
-            return math.nan
-        gradient = found.gradient
+            return self._problem.objective.value_and_grad(self._trial, per_task=per_task)
+
+    def _along(self, gradient: Mapping[str, Any]) -> float:
         return math.fsum(float((tensor.double() * self._moved[name]).sum()) for name, tensor in gradient.items())
 
     def accept(self, step: float, point: Array | None = None) -> None:

@@ -265,6 +265,12 @@ class Scalarized(MatrixProblem):
         tables = self._weights[:, None, None] * evaluation.task_scores[self.chosen]
         return self.scaled(evaluation.task_values) + price, tables + evaluation.task_scores[self.priced].sum(axis=0)
 
+    def slopes(self, losses: Mapping[str, float]) -> Array:
+        """Return ∂φ/∂f_t [T]."""
+        found = np.ones(len(self.tasks))
+        found[self.chosen] = self._weights * self.scalarization.slopes(self.scaled(losses))
+        return found
+
     def evaluate(
         self, point: Array, *, tasks: bool = False, raw: bool = False, experts: Sequence[int] | None = None
     ) -> Evaluation:
@@ -273,9 +279,7 @@ class Scalarized(MatrixProblem):
         value = self.reduce(found.task_values)
         if found.task_scores is None or not math.isfinite(value):
             return Evaluation(value, np.full((self.rows, self.n), np.nan), found.task_values)
-        slopes = np.ones(len(self.tasks))
-        slopes[self.chosen] = self._weights * self.scalarization.slopes(self.scaled(found.task_values))
-        scores = np.tensordot(slopes, found.task_scores, axes=1)
+        scores = np.tensordot(self.slopes(found.task_values), found.task_scores, axes=1)
         return Evaluation(value, scores, found.task_values, found.task_scores if tasks else None, found.raw)
 
     def value(self, point: Array) -> float:
@@ -306,9 +310,20 @@ class ScalarizedLine:
         """The losses at Λ + γD."""
         return self.line.task_values(step)
 
-    def accept(self, step: float) -> None:
+    def task_slopes(self, step: float) -> tuple[dict[str, float], Array]:
+        """The losses at Λ + γD, and their derivatives [T]."""
+        return self.line.task_slopes(step)
+
+    def slope(self, step: float) -> float:
+        """The derivative of φ, by one gradient a task."""
+        losses, slopes = self.line.task_slopes(step)
+        if not math.isfinite(self.problem.reduce(losses)):
+            return math.nan
+        return float(self.problem.slopes(losses) @ slopes)
+
+    def accept(self, step: float, point: Array | None = None) -> None:
         """Go there."""
-        self.line.accept(step)
+        self.line.accept(step, point)
 
 
 def worst_gap(result: Any) -> float | None:

@@ -91,7 +91,10 @@ def test_the_slope_of_a_line_is_its_derivative_and_reads_nothing(backend, merge)
     for step in (0.5, 0.0, 1.0):
         expected = np.sum(other.evaluate(point + step * direction).scores * direction)
         assert line.slope(step) == pytest.approx(expected, rel=1e-4)
-    assert (problem.counts.bytes_read, problem.counts.correlates, problem.counts.gradients) == (read, 0, 3)
+        losses, slopes = line.task_slopes(step)
+        assert losses == pytest.approx(line.task_values(step), rel=1e-6)
+        assert problem.task_weights @ slopes == pytest.approx(expected, rel=1e-4)
+    assert (problem.counts.bytes_read, problem.counts.correlates, problem.counts.gradients) == (read, 0, 6)
 
 
 def test_an_away_step_reads_the_vertex_that_it_leaves(merge):

@@ -45,6 +45,8 @@ def test_scores_are_the_derivative_of_the_value(name, many):
     line = problem.line(point, direction)
     assert line.value(0.3) == pytest.approx(problem.value(point + 0.3 * direction), rel=1e-12)
     assert line.task_values(0.3) == problem.parent.task_values(point + 0.3 * direction)
+    slope = np.sum(problem.evaluate(point + 0.3 * direction).scores * direction)
+    assert line.slope(0.3) == pytest.approx(slope, rel=1e-9)
 
 
 def test_the_smoothed_maximum_is_above_the_maximum_by_at_most_mu_log_t():
