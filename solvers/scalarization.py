@@ -183,7 +183,7 @@ class Scalarized(MatrixProblem):
         self.scalarization = make_scalarization(scalarization)
         self.rows, self.domain, self.experts = parent.rows, parent.domain, parent.experts
         self.stochastic, self.resolution = parent.stochastic, parent.resolution
-        self.cheap_to_refresh = parent.cheap_to_refresh
+        self.cheap_to_refresh, self.has_gradient = parent.cheap_to_refresh, parent.has_gradient
         self.tasks, self.task_weights = tuple(parent.tasks), parent.task_weights
         self.counts = parent.counts
         price = getattr(getattr(parent, "objective", None), "constraint_task", None)

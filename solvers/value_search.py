@@ -67,8 +67,8 @@ class Cube:
     def nearest(self, point: Array) -> Array:
         """Return the z [size] whose x are means of Λ over what they stand for, clipped to the cube."""
         rows, columns = self.shape
-        parts = point.reshape(rows, self.rows // rows, columns, self.n // columns).swapaxes(1, 2)
-        parts = parts.reshape(self.size, -1)
+        groups = point.reshape(rows, self.rows // rows, columns, self.n // columns)
+        parts = groups.swapaxes(1, 2).reshape(self.size, -1)
         same = (parts == parts[:, :1]).all(axis=1)
         x = np.where(same, parts[:, 0], parts.mean(axis=1))  # a mean of equal numbers may round
         return np.clip((x - self.lower) / (self.upper - self.lower), 0.0, 1.0)
