@@ -66,7 +66,7 @@ def group() -> None:
     """
 
 
-@group.command()
+@group.command(short_help="The loss along the segment between two points.")
 @click.argument("a")
 @click.argument("b")
 @survey_flags
@@ -128,7 +128,7 @@ def segment(
     _tell(report, {"segment": draw}, table, out, as_json)
 
 
-@group.command()
+@group.command(short_help="The loss on the plane through three points.")
 @click.argument("a")
 @click.argument("b")
 @click.argument("c")
@@ -180,7 +180,7 @@ def plane(
     _tell(report, {"plane": draw}, table, out, as_json)
 
 
-@group.command()
+@group.command(short_help="Replace one layer at a time: which carry a task?")
 @click.argument("a")
 @click.argument("b")
 @survey_flags
@@ -220,7 +220,7 @@ def swap(a: str, b: str, recipe_file: str | None, out: str | None, as_json: bool
     _tell(report, {"swap": draw}, table, out, as_json)
 
 
-@group.command()
+@group.command(short_help="Barriers between points, or iterates of a run.")
 @click.argument("points", nargs=-1, metavar="[POINT...]")
 @survey_flags
 @blocks_flag
@@ -289,7 +289,7 @@ def barriers(
     _tell(report, {"iterates" if iterates else "barriers": draw}, table, out, as_json)
 
 
-@group.command()
+@group.command(short_help="Are merged features the interpolated features?")
 @click.argument("a")
 @click.argument("b")
 @survey_flags
@@ -362,7 +362,7 @@ def _features(survey: Any, a: Any, b: Any, steps: list[float], progress: Any) ->
     return rows
 
 
-@group.command()
+@group.command(short_help="Go, caution or no-go, for experts and pool.")
 @survey_flags
 @grid_flag(9, "the segment of each expert")
 @click.option("--threshold", "thresholds", multiple=True, metavar="NAME=VALUE",
@@ -444,7 +444,7 @@ def _data(survey: Any) -> dict[str, Any]:
             for task in survey.setup.tasks
         ],
         "data_used": survey.problem.data_used,
-        "experts": list(survey.problem.experts),
+        "pool": list(survey.problem.experts),
         "fingerprint": survey.setup.pool.fingerprint,
     }
 
