@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,7 +67,7 @@ class BayesianOptimization(ValueSearch):
             allow_duplicate_points=True,
             verbose=0,
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):  # it prints each point that it has met before
             warnings.simplefilter("ignore")  # a length scale at its bound, and points tried twice, are no one's concern
             for z, value in zip(candidates, values, strict=True):
                 optimizer.register(dict(zip(axes, z.tolist(), strict=True)), -float(value))

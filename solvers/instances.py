@@ -154,7 +154,8 @@ class Instance:
 
     def problem(self, resolution: float = 1e-15) -> FunctionProblem:
         """Return it as a fresh problem, with counts of its own."""
-        return FunctionProblem(self.function, *self.shape, self.domain, resolution=resolution)
+        quadratic = self.function.link == "square"
+        return FunctionProblem(self.function, *self.shape, self.domain, resolution=resolution, quadratic=quadratic)
 
 
 PROPERTIES = {

@@ -4,14 +4,14 @@ import functools
 
 import numpy as np
 import pytest
-from mergesolve.solvers import SOLVERS, STATUSES, FunctionProblem, OptionError, make_solver, solve
+from mergesolve.solvers import SOLVERS, STATUSES, FunctionProblem, OptionError, solve
 from mergesolve.solvers.instances import INSTANCES
 
 EPSILON = float(np.finfo(np.float32).eps)
 RESOLUTION = 1e-6  # of Problem, whose objectives are models in float32
 ITERATIONS = {"bayesian": 7}  # where not 80
 RUNNING = [name for name in SOLVERS if not name.startswith("released")]
-LINEAR = [name for name in RUNNING if make_solver(name).promise == "linear"]
+LINEAR = [name for name in RUNNING if SOLVERS[name].promise == "linear"]
 CHEAP = {"soft-frank-wolfe": {"inner_iterations": 5}}
 NAMES = ("edge", "logistic", "capped face")
 

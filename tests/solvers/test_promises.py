@@ -44,7 +44,7 @@ class Watched(FunctionProblem):
             self.worst = max(self.worst, float(instance.domain.violation(point).max()))
             return instance.function(point)
 
-        super().__init__(function, *instance.shape, instance.domain)
+        super().__init__(function, *instance.shape, instance.domain, quadratic=instance.function.link == "square")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def spec(solver):
 
 
 def iterations(solver, name):
-    usual = ITERATIONS[make_solver(solver).promise]
+    usual = ITERATIONS[SOLVERS[solver].promise]
     return FEW.get(solver, min(usual, 400) if name in SLOW else usual)
 
 
@@ -144,7 +144,7 @@ def test_calls_are_counted_one_by_one(ran):
 
 def promised(promise):
     """The solvers with that promise, on the problems where they run."""
-    names = [name for name in RUNNING if make_solver(name).promise == promise]
+    names = [name for name in RUNNING if SOLVERS[name].promise == promise]
     return [pytest.param(solver, name, id=f"{solver} on {name}") for solver in names for name in INSTANCES]
 
 

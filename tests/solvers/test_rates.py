@@ -4,10 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-from mergesolve.solvers import SOLVERS, Simplex, make_solver, solve
+from mergesolve.solvers import SOLVERS, Simplex, solve
 from mergesolve.solvers.instances import INSTANCES, gaussian, hull_rows, tilted
 
-LINEAR = [name for name in SOLVERS if make_solver(name).promise == "linear"]
+LINEAR = [name for name in SOLVERS if SOLVERS[name].promise == "linear"]
 ON_FACES = ("edge", "face", "capped face", "capped face with base", "degenerate", "logistic")
 """Strongly convex, with the solution inside a face: where vanilla Frank-Wolfe zig-zags."""
 ITERATIONS = 500
