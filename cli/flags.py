@@ -95,6 +95,21 @@ constraint_flags = _apply(
     ]
 )
 
+many_flags = _apply(
+    [
+        click.option(
+            "--scalarize",
+            metavar="NAME[:KEY=VALUE,...]",
+            help="One number out of the tasks: weighted-sum, chebyshev:preferences={chess: 2}, worst (see `list`).",
+        ),
+        click.option(
+            "--subject-to",
+            metavar="TEXT",
+            help="A bound: 'chess <= 0.3' (that task's loss), or 'retention <= 0.02' (another objective).",
+        ),
+    ]
+)
+
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of tables.")
 
 
@@ -224,6 +239,12 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
     for name in (*plain, "split", "limit", "mixed"):
         if flags.get(name) is not None:
             over[name] = flags[name]
+    if flags.get("scalarize"):
+        over["scalarization"] = named_options(flags["scalarize"], "--scalarize")
+    if flags.get("subject_to"):
+        from .many import bound_fields
+
+        over["subject_to"] = bound_fields(flags["subject_to"])
     if flags.get("blocks"):
         blocks = flags["blocks"]
         over["blocks"] = blocks[0] if len(blocks) == 1 and blocks[0].isalpha() else list(blocks)

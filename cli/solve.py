@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .flags import constraint_flags, data_flags, json_flag, pool_flags, recipe_from
+from .flags import constraint_flags, data_flags, json_flag, many_flags, pool_flags, recipe_from
 from .names import UsageProblem
 
 
@@ -24,6 +24,7 @@ from .names import UsageProblem
 @click.option("--blocks", multiple=True, metavar="KIND", help="model, layer, tensor, row; or patterns, repeatable.")
 @click.option("--domain", metavar="NAME", help="See `mergesolve list domains`.")
 @constraint_flags
+@many_flags
 @click.option("--solver", metavar="NAME", help="See `mergesolve list solvers`.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe. Repeatable.")
 @click.option(
