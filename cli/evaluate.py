@@ -1,8 +1,9 @@
-"""`mergesolve evaluate`: top-1 accuracy of checkpoints and runs."""
+"""`mergesolve evaluate`: top-1 accuracy and calibration of checkpoints and runs."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 def command(models: tuple[str, ...], recipe_file: str | None, markdown: bool, as_json: bool, **flags: Any) -> None:
     """Top-1 accuracy on the test data of tasks: one row a checkpoint or run, one column a task, mean and worst.
 
+    Beside them, over all tasks: the mean confidence, and the expected calibration error (ECE, 15 bins), which is large
+    where predictions are surer than they are right. --json has both, and the norm of the logits, task by task.
+
     A run brings tasks, model and pool from its own recipe; with --zoo, a checkpoint may also be named 'base' or after
     an expert of the zoo. Without --task, all tasks of the recipe are evaluated (with --zoo alone: all of the zoo).
 
@@ -34,7 +38,7 @@ def command(models: tuple[str, ...], recipe_file: str | None, markdown: bool, as
       mergesolve evaluate --zoo --task digits --task shapes base digits merged.safetensors
       mergesolve evaluate merged.safetensors --model ViT-B-32 --weights clip.safetensors --task cars=cars_test.npz
     """
-    from ..objectives import evaluate
+    from ..objectives import calibrate
     from ..reports.tables import AccuracyRow, AccuracyTable
     from .console import counting, print_json, show
     from .recipe import Recipe, TaskPart
@@ -70,8 +74,10 @@ def command(models: tuple[str, ...], recipe_file: str | None, markdown: bool, as
         else:
             weights = model_weights(name, setup.model)
         with counting(name, quiet=as_json) as progress:
-            scores = evaluate(setup.model, weights, tests, progress=progress)
-        rows.append(AccuracyRow(name, dict(scores), seconds=time.monotonic() - began))
+            found = calibrate(setup.model, weights, tests, progress=progress)
+        accuracies = {task: one.accuracy for task, one in found.items()}
+        numbers = {task: {n: v for n, v in asdict(one).items() if n != "accuracy"} for task, one in found.items()}
+        rows.append(AccuracyRow(name, accuracies, seconds=time.monotonic() - began, calibration=numbers))
     table = AccuracyTable([task.name for task in tests], rows)
     if as_json:
         print_json(table.json())

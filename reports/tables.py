@@ -10,12 +10,16 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+CALIBRATION = (("confidence", "confidence"), ("ECE", "ece"))
+"""Columns of calibration: header, and name of the number."""
+
 
 @dataclass(frozen=True)
 class AccuracyRow:
     """Top-1 of one method on each task (0 to 1; a missing task is a dash), what it cost and what it saw.
 
-    peak_memory is in bytes, seconds in seconds; `group` separates blocks of rows by a rule.
+    peak_memory is in bytes, seconds in seconds; `group` separates blocks of rows by a rule. calibration: by task,
+    numbers with a name (confidence, ece and logit_norm), whose means over the tasks are columns.
     """
 
     method: str
@@ -24,6 +28,12 @@ class AccuracyRow:
     peak_memory: int | None = None
     data: str = ""
     group: str = ""
+    calibration: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def calibrated(self, name: str) -> float:
+        """The mean over the tasks of one of the numbers of calibration."""
+        found = [numbers[name] for numbers in self.calibration.values()]
+        return sum(found) / len(found) if found else math.nan
 
     @property
     def mean(self) -> float:
@@ -51,15 +61,21 @@ class AccuracyTable:
             any(row.data for row in self.rows),
         )
 
+    def _calibrated(self) -> bool:
+        return any(row.calibration for row in self.rows)
+
     def _header(self) -> list[str]:
         seconds, memory, data = self._columns()
-        extra = ["seconds"] * seconds + ["peak MB"] * memory + ["data"] * data
+        calibrated = [header for header, _ in CALIBRATION] if self._calibrated() else []
+        extra = calibrated + ["seconds"] * seconds + ["peak MB"] * memory + ["data"] * data
         return ["method", *self.tasks, "mean", "worst", *extra]
 
     def _cells(self, row: AccuracyRow) -> list[str]:
         seconds, memory, data = self._columns()
         cells = [row.method, *(percent(row.accuracies.get(task)) for task in self.tasks)]
         cells += [percent(row.mean), percent(row.worst)]
+        if self._calibrated():
+            cells += [percent(row.calibrated(name)) for _, name in CALIBRATION]
         if seconds:
             cells.append("–" if row.seconds is None else f"{row.seconds:.1f}")
         if memory:
@@ -115,6 +131,7 @@ class AccuracyTable:
                     "accuracies": dict(row.accuracies),
                     "mean": finite(row.mean),
                     "worst": finite(row.worst),
+                    **({"calibration": plain_numbers(row.calibration)} if row.calibration else {}),
                     "seconds": row.seconds,
                     "peak_memory": row.peak_memory,
                     "data": row.data,
@@ -123,6 +140,11 @@ class AccuracyTable:
                 for row in self.rows
             ],
         }
+
+
+def plain_numbers(table: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """The numbers of each task as JSON has them."""
+    return {task: {name: finite(value) for name, value in numbers.items()} for task, numbers in table.items()}
 
 
 def percent(value: float | None) -> str:

@@ -69,3 +69,14 @@ def test_plain_tables_print_brackets_as_they_are():
 )
 def test_sizes_for_people(count, words):
     assert size(count) == words
+
+
+def test_calibration_has_columns_where_a_row_has_it():
+    numbers = {"a": {"confidence": 0.8, "ece": 0.1, "logit_norm": 5.0}, "b": {"confidence": 0.6, "ece": 0.3}}
+    table = AccuracyTable(["a", "b"], [AccuracyRow("x", {"a": 1.0, "b": 0.5}, 2.0, calibration=numbers), ROWS[0]])
+    lines = table.markdown().strip().split("\n")
+    assert lines[0].startswith("| method | a | b | mean | worst | confidence | ECE | seconds |")
+    assert "| 70.0 | 20.0 | 2.0 |" in lines[2]
+    assert "| – | – | 1.2 |" in lines[3]
+    assert table.json()["rows"][0]["calibration"] == numbers
+    assert "calibration" not in table.json()["rows"][1]
