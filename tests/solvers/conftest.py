@@ -25,8 +25,8 @@ class Quadratic:
         product = np.einsum("rnm,rm->rn", self.q, point)
         return 0.5 * np.sum(point * product) - np.sum(self.c * point), product - self.c
 
-    def problem(self, domain):
-        return FunctionProblem(self, *self.c.shape, domain)
+    def problem(self, domain, **options):
+        return FunctionProblem(self, *self.c.shape, domain, **options)
 
     def optimum(self, domain):
         """f* by cvxpy with Clarabel at tight tolerances: the independent oracle."""
