@@ -42,15 +42,10 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent where that is readable; a true minus sign."""
-    text = (
-        f"{value:.3g}"
-        if abs(value) < 1e-3 or abs(value) >= 1e4
-        else f"{value:.3f}"
-        if abs(value) < 10
-        else f"{value:.1f}"
-    )
-    return text.replace("-", "−")
+    """Three or four significant digits, without an exponent where that is readable; a true minus sign."""
+    size = abs(value)
+    form = ".3f" if 1e-3 <= size < 10 else ".1f" if 10 <= size < 1e4 else ".3g"
+    return format(value, form).replace("-", "−")
 
 
 def segment_figure(found: Segment, first: str, second: str) -> Figure:
@@ -117,7 +112,7 @@ def plane_figure(found: Plane, names: Sequence[str], *, by_task: bool = False) -
     rows = -(-len(panels) // columns)
     spans = float(np.ptp(found.y)), float(np.ptp(found.x))
     side = 5.6 if len(panels) == 1 else 3.9
-    height = side * float(np.clip(spans[0] / spans[1], 0.45, 1.4))
+    height = side * float(np.clip(spans[0] / spans[1], 0.45, 1.25))
     figure = _figure(columns * (side + 1.1), rows * (height + 0.7))
     grid = figure.subplots(rows, columns, squeeze=False)
     for ax in grid.ravel()[len(panels) :]:
@@ -162,10 +157,12 @@ def _marks(ax: Axes, found: Plane, names: Sequence[str]) -> None:
         ax.plot(path[:, 0], path[:, 1], color=colour, linewidth=1.5, marker="o", markersize=2.6, zorder=5)
         far = float(path[-1, 2])
         reach = max(float(np.ptp(found.x)), float(np.ptp(found.y)))
-        note = f" ({far:.2g} off the plane)" if far > 0.01 * reach else ""
+        note = f"{far:.2g} off the plane" if far > 0.01 * reach else ""
+        label = shorten(name) if name not in names else ""  # the run's end is one of the three points
+        text = f"{label} ({note})" if label and note else label or note
         ax.annotate(
-            shorten(name) + note, (path[-1, 0], path[-1, 1]), (6, -9), textcoords="offset points", fontsize=7.5,
-            color=colour, path_effects=halo, zorder=7,
+            text, (path[-1, 0], path[-1, 1]), (6, -9), textcoords="offset points", fontsize=7.5, color=colour,
+            path_effects=halo, zorder=7,
         )  # fmt: skip
     middle = found.points.mean(axis=0)
     for name, (x, y) in zip(names, found.points, strict=True):
@@ -273,7 +270,9 @@ def chain_figure(found: Pairs, title: str = "") -> Figure:
         start += path.length
         last = (start, float(path.values[-1]), second)
         if path is highest:
-            ax.set_title(f"{title}: largest barrier {_number(path.barrier.height)}, {first} to {second}".lstrip(": "))
+            height = path.barrier.height
+            said = f"largest barrier {_number(height)}, {first} to {second}" if height > 0 else "no barrier"
+            ax.set_title(f"{title}: {said}" if title else said)
     joints.append(last)
     ax.plot([x for x, _, _ in joints], [y for _, y, _ in joints], "o", color=INK, markersize=4.5, zorder=4)
     taken = -np.inf
@@ -463,8 +462,8 @@ def check_tables(checked: PoolCheck) -> list[Any]:
     if checked.gain is not None:
         gain = checked.gain
         parts.append(
-            f"merging gain of {len(checked.averaged)} experts: mean loss of the experts {gain.mean:.4f} − loss of their average "
-            f"{gain.merged:.4f} = {gain.gain:+.4f} (base {_cell(checked.base_loss, '.4f')}, ½ mean ‖θ − θ̄‖² "
+            f"merging gain of {len(checked.averaged)} experts: their mean loss {gain.mean:.4f} − the loss of their "
+            f"average {gain.merged:.4f} = {gain.gain:+.4f} (base {_cell(checked.base_loss, '.4f')}, ½ mean ‖θ − θ̄‖² "
             f"{gain.spread:.4g})"
         )
     if checked.bound:
