@@ -28,8 +28,7 @@ def command(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
       mergesolve report runs/fw-hard
       mergesolve report runs/fw-hard runs/fw-soft --out comparison.html
     """
-    from ..reports import read_runs
-    from ..reports.html_report import save_report
+    from ..reports import read_runs, save_report
     from .console import note, print_json
 
     path = Path(out) if out else Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .federation import save_federation
     from .figures import FIGURES, cosines, save_figure, save_figures
+    from .html_report import save_report
     from .palette import Palette
     from .rounds import FederatedRun, Study, read_federated_run, read_study
     from .run import Run, RunError, read_run, read_runs
@@ -39,6 +40,7 @@ __all__ = [
     "save_federation",
     "save_figure",
     "save_figures",
+    "save_report",
     "scan_curve",
 ]
 
@@ -64,6 +66,7 @@ _MODULES = {
     "scan_curve": "scans",
     "save_figure": "figures",
     "save_figures": "figures",
+    "save_report": "html_report",
 }
 
 
