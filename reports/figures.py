@@ -402,6 +402,8 @@ def convergence(runs: Sequence[Run], palette: Palette | None = None) -> Figure:
         has_gap = bool(np.isfinite(gap).any())
         shown = gap if has_gap else run.series("stationarity")
         label = "gap" if has_gap else "stationarity (the free domain has no gap)"
+        if run.records and not np.isfinite(shown).any():
+            label = "no certificate on the way: the solver read values only"
         if run.gap_is_estimate:
             label += "\nestimated on minibatches"
         bottom.set_title(label, fontsize=8, color="#555555")
