@@ -2,8 +2,8 @@
 
     λ_i ← λ_i exp(−η s_i) / Σ_j λ_j exp(−η s_j)         (in u = ∇φ(λ):   u ← u − η s)
 
-On n experts its bound for steps of fixed size grows with ln n, where that of projected gradient grows with n. It never
-sets a coefficient to 0: the best expert of many is found fast, a sparse merge only in the limit. With backtracking on
+Where scores are bounded, its regret on n experts grows with √ln n, that of projected gradient with √n. It never sets a
+coefficient to 0: good experts among many are found fast, a sparse merge only in the limit. With backtracking on
 
     f(Λ⁺) ≤ f(Λ) + ⟨S, Λ⁺ − Λ⟩ + D(Λ⁺, Λ) / η,       D = Bregman divergence of φ,
 
