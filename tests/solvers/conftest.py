@@ -76,6 +76,12 @@ def face():
     return make_quadratic(3)
 
 
+@pytest.fixture
+def quadratics():
+    """Factory of quadratics with known minimizers over the simplex."""
+    return make_quadratic
+
+
 def expression(problem, task, point):
     """A task's loss of a `QuadraticTasks` problem as a cvxpy expression of the vector Λ."""
     square = 0.5 * cp.quad_form(point, cp.psd_wrap(problem.hessians[task]))
