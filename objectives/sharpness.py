@@ -34,6 +34,11 @@ class SharpnessAware(SumObjective):
                 f"SharpnessAware takes an objective of this package (a subclass of SumObjective), got "
                 f"{type(objective).__name__}."
             )
+        if not objective.has_gradient:
+            raise DataError(
+                f"SharpnessAware needs a gradient for its ascent step, and {type(objective).__name__} has none; wrap "
+                f"one that has, such as CrossEntropy."
+            )
         self.objective = objective
         self.radius = checked_positive(radius, "radius", "SharpnessAware")
         self.device, self.has_gradient = objective.device, objective.has_gradient

@@ -120,6 +120,9 @@ def test_what_is_no_weighted_objective_is_refused(clip: CLIP, clip_tasks: tuple[
         WeightedSum([(-1.0, entropy)])
     with pytest.raises(DataError, match=r"pairs of this package's objectives .* got str"):
         WeightedSum([(1.0, "entropy")])  # type: ignore[list-item]
+    same = Entropy(clip, clip_tasks)
+    same.device = torch.device("cpu:0")  # the same device under another name
+    assert WeightedSum([(1.0, entropy), (1.0, same)]).tasks
     elsewhere = Entropy(clip, clip_tasks)
     elsewhere.device = torch.device("meta")
     with pytest.raises(DataError, match=r"on different devices \(cpu, meta\)"):
