@@ -156,19 +156,20 @@ def test_result_and_trace_survive_the_disk(name, merge, tmp_path):
 def test_nan_ends_as_nonfinite_with_the_last_finite_point(name, merge):
     problem = merge(domain=domain_of(name))
     scored = SOLVERS[name].needs_scores or SOLVERS[name].certifies_iterates
-    original = problem.objective.value_and_grad if scored else problem.objective.value
+    asked = "value_and_grad" if scored else "task_losses"
+    original = getattr(problem.objective, asked)
     calls = []
 
     def poisoned(weights, **options):
         evaluation = original(weights, **options)
         calls.append(1)
         if len(calls) == 2 and not scored:
-            return float("nan")
+            return dict.fromkeys(evaluation, float("nan"))
         if len(calls) == 2:
             evaluation.loss = float("nan")
         return evaluation
 
-    setattr(problem.objective, "value_and_grad" if scored else "value", poisoned)
+    setattr(problem.objective, asked, poisoned)
     result = solve(problem, spec(name), max_iter=3, tol=0)
     assert np.isfinite(result.coefficients).all()
     assert np.isfinite(result.objective)
