@@ -2,10 +2,10 @@
 
     for each chosen block b:   D_b = V_b − Λ_b,   Λ_b ← Λ_b + γ_b D_b,   V = argmin ⟨V, S⟩ (block by block)
 
-One γ for all blocks is as short as the most cautious block needs; here layers that are far from their optimum move
-far. The gap is a sum over blocks, gap = Σ_b ⟨S_b, Λ_b − V_b⟩, and says which block has most to gain. A model's gradient
-gives the scores of all blocks at once, so fewer blocks than all in an iteration save no gradient, only reading. Choose
-it for layers or rows whose scores differ in scale; rows that a constraint couples move together.
+Each step fits its own block: on a separable objective every block goes as if it were alone. The gap is a sum over
+blocks, gap = Σ_b ⟨S_b, Λ_b − V_b⟩, and says which block has most to gain. A model's gradient gives the scores of all
+blocks at once, so fewer blocks than all in an iteration save no gradient, only reading. Choose it for layers or rows
+whose scores differ in scale; rows that a constraint couples move together.
 Source: Lacoste-Julien, Jaggi, Schmidt and Pletscher (2013), Block-Coordinate Frank-Wolfe for Structural SVMs;
 gap-weighted order: Osokin et al. (2016), Minding the Gaps for Block Frank-Wolfe Optimization.
 """
