@@ -2,7 +2,8 @@
 
     {z = (x, t) : E z = f,  H z ≤ k},   x the coefficients of one block, or of several that are coupled
 
-Blocks with the same constraints are copies of one cell and are solved together, as one block-diagonal sparse program.
+Blocks with the same constraints are copies of one cell and are solved together, as one block-diagonal sparse program;
+projections of small cells by Newton's method on the dual (:mod:`.dual_newton`), and by a program where that fails.
 What the programs return is made feasible by construction: moved onto the equalities, then toward a point c that is
 strictly inside of everything else, by the least θ with H((1 − θ) z + θ c) ≤ k.
 Source: Nocedal and Wright (2006), ch. 13 and 16; the point inside of all inequalities that are not implied equalities,
@@ -11,6 +12,7 @@ by one linear program: Freund, Roundy and Todd (1985), Identifying the Set of Al
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .dual_newton import Few
 from .errors import OptionError
 
 if TYPE_CHECKING:
@@ -27,7 +30,13 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 TOGETHER = 20_000  # coefficients of one program
 POLISHED = 300  # largest cell whose projections are polished by their active set
+MOST_MULTIPLIERS = 16  # of a cell that is projected onto by Newton's method on the dual
 INSIDE = 1e-10  # a point that breaks nothing by more is its own projection
+PROGRAMS: tuple[dict[str, Any], ...] = (
+    {"solver": "CLARABEL", "tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12},
+    {"solver": "CLARABEL"},
+    {"solver": "OSQP", "eps_abs": 1e-8, "eps_rel": 1e-8, "max_iter": 100_000, "polishing": True},
+)
 TIGHT = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
@@ -219,12 +228,21 @@ class Cell:
             return projected
         at = 0
         for part in _parts(points, self.width):
-            if outside[at : at + len(part)].any():
-                found = self._project(part)
-                rows = np.flatnonzero(outside[at : at + len(part)])
-                projected[at + rows] = found[rows]
+            rows = np.flatnonzero(outside[at : at + len(part)])
+            if len(rows):
+                projected[at + rows] = self._project(part, rows)
             at += len(part)
         return projected
+
+    @cached_property
+    def few(self) -> Few | None:
+        """The same set for Newton's method on the dual, where the cell and its constraints are few."""
+        lower, upper, below, at_most = self.bounds
+        rows, equalities = len(at_most) + len(self.equal_to), len(self.equal_to)
+        if self.width > self.size or self.size > POLISHED or rows > MOST_MULTIPLIERS:
+            return None
+        matrix = np.vstack([self.equal.toarray(), below.toarray()])
+        return Few(lower, upper, matrix, np.append(self.equal_to, at_most), equalities)
 
     def _lifted_violation(self, points: Array) -> Array:
         """Violation with the best auxiliary variables: those of the ℓ1 ball are absolute values."""
@@ -232,7 +250,17 @@ class Cell:
             return self.violation(points)
         return self.violation(np.hstack([points, np.abs(points)]))
 
-    def _project(self, points: Array) -> Array:
+    def _project(self, points: Array, rows: Array) -> Array:
+        """Nearest points of those in ``rows``: by Newton's method on the dual, what that leaves by a program."""
+        if self.few is None:
+            return self._solve(points)[rows]
+        found, done = self.few.project(points[rows])
+        found = self.repair(found)
+        if not done.all():
+            found[~done] = self._solve(points)[rows[~done]]
+        return found
+
+    def _solve(self, points: Array) -> Array:
         import cvxpy as cp
 
         k = len(points)
@@ -242,7 +270,12 @@ class Cell:
         parameter.value = points
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "may be inaccurate": what it returns is repaired below
-            problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+            for options in PROGRAMS:
+                try:
+                    problem.solve(**options)
+                    break
+                except cp.SolverError:  # the tightest tolerances are sometimes out of reach
+                    continue
         if variable.value is None:
             raise RuntimeError(f"projection onto the constraints failed: {problem.status}")
         found = self.repair(np.asarray(variable.value))
@@ -251,8 +284,7 @@ class Cell:
         return found[:, : self.size]
 
     def _program(self, k: int) -> tuple[Any, Any, Any]:
-        import cvxpy as cp
-
+        cp: Any = importlib.import_module("cvxpy")
         parameter = cp.Parameter((k, self.size))
         variable = cp.Variable((k, self.width))
         constraints = []

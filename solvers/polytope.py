@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Array = np.ndarray[Any, Any]
-Piece = Domain | BoundedSum | Cell
 BASES = (Simplex, Capped, Box, L1Ball, Free)
 
 
@@ -183,7 +182,7 @@ class BoundPolytope(Domain):
         return local, coupled
 
     @cached_property
-    def pieces(self) -> tuple[tuple[Array, Piece], ...]:
+    def pieces(self) -> tuple[tuple[Array, Domain | BoundedSum | Cell], ...]:
         """The blocks [k, r] of each kind: k copies of a cell of r blocks, and how it is solved."""
         from scipy.sparse import csr_matrix
         from scipy.sparse.csgraph import connected_components
@@ -193,7 +192,7 @@ class BoundPolytope(Domain):
         member = np.zeros((count, len(local)), dtype=bool)
         for j, rule in enumerate(local):
             member[rule.rows, j] = True
-        made: list[tuple[Array, Piece]] = []
+        made: list[tuple[Array, Domain | BoundedSum | Cell]] = []
         alone = np.ones(count, dtype=bool)
         if coupled:
             ends = np.concatenate([np.column_stack([c.rows[:-1], c.rows[1:]]) for c in coupled])
@@ -224,7 +223,7 @@ class BoundPolytope(Domain):
 
     def _piece(
         self, rows: Array, local: list[Local], member: Array, coupled: list[Coupling], same: Array | None = None
-    ) -> Piece:
+    ) -> Domain | BoundedSum | Cell:
         """How the blocks ``rows`` are solved together. same: all the blocks of which this one is an example."""
         rules = [[local[j] for j in np.flatnonzero(member[row])] for row in rows]
         if not coupled and not rules[0]:
@@ -274,7 +273,9 @@ class BoundPolytope(Domain):
         n, r = len(self.experts), len(rows)
         place = {int(row): position for position, row in enumerate(rows)}
         entries: list[tuple[Array, Array, Array]] = []
-        low, high, sources = [], [], []
+        low: list[float] = []
+        high: list[float] = []
+        sources: list[int] = []
         for position, inside in enumerate(rules):
             for rule in inside:
                 used = np.flatnonzero(rule.weights)
@@ -333,14 +334,10 @@ class BoundPolytope(Domain):
         text = " ".join(terms).removeprefix("+ ")
         return text + (f" + … ({len(used)} terms)" if len(used) > 6 else "")
 
-    def _cells(self, piece: Cell | BoundedSum | Domain, matrix: Array, rows: Array) -> Array:
-        """The coefficients of a piece, one line a copy."""
-        return matrix[rows].reshape(len(rows), -1)
-
     def _each(self, matrix: Array, method: str) -> Array:
         result = np.empty_like(matrix, dtype=float)
         for rows, piece in self.pieces:
-            found = getattr(piece, method)(self._cells(piece, matrix, rows))
+            found = getattr(piece, method)(matrix[rows].reshape(len(rows), -1))  # one line a copy of the cell
             result[rows] = found.reshape(*rows.shape, matrix.shape[1])
         return result
 

@@ -104,6 +104,16 @@ def test_floors_caps_and_sums_need_no_program(case, bound):
     assert kinds & {Cell, BoundedSum} == CASES[case][2]
 
 
+@pytest.mark.parametrize("base", ["simplex", "free"])
+def test_programs_and_newton_agree(base, monkeypatch):
+    """Where Newton's method on the dual fails, or there are too many constraints for it, a program takes over."""
+    point = np.random.default_rng(3).normal(size=(4, 5))
+    texts = CASES["group and order"][0]
+    newton = constrain(base, texts).bind(EXPERTS, BLOCKS).project(point)
+    monkeypatch.setattr("mergesolve.solvers.cells.MOST_MULTIPLIERS", 0)
+    np.testing.assert_allclose(constrain(base, texts).bind(EXPERTS, BLOCKS).project(point), newton, atol=1e-7)
+
+
 def test_violation_is_that_of_the_constraints_that_touch_the_row(bound):
     point = np.full((4, 5), 0.2)
     np.testing.assert_allclose(bound("capped", "floor and caps").violation(point), 0, atol=1e-15)
