@@ -228,7 +228,7 @@ def _matrix(
 
 
 def barriers_figure(found: Pairs, names: Sequence[str]) -> Figure:
-    """Draw the matrix of barriers; below the diagonal, the excess in the middle, negative where averaging gains."""
+    """Draw the matrix of barriers, and that of the excess in the middle, which is negative where averaging gains."""
     index = {name: k for k, name in enumerate(names)}
     n = len(names)
     height, middle = np.full((n, n), np.nan), np.full((n, n), np.nan)
