@@ -5,7 +5,8 @@
 
 Points are coefficients Λ [rows, n], and an affine subset of them is an affine subset of the weights:
 θ(Λ_a + Σ_k x_k D_k) = θ_a + Σ_k x_k A D_k. So A D_k is formed once, and a trial costs one forward pass and no reading.
-Distances are those of the weights, ‖A D‖² = Σ_b D_b G_b D_bᵀ with the Gram matrices G_b of the task vectors.
+Losses are those of the batch that the problem has drawn; `problem.draw(None)` takes all its data. Distances are those
+of the weights, ‖A D‖² = Σ_b D_b G_b D_bᵀ with the Gram matrices G_b of the task vectors.
 
 For a convex loss the barrier is 0; for L = ½‖θ − c‖²_H the gain is ½ Σ_i w_i ‖θ_i − θ̄‖²_H.
 
