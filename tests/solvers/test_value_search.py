@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from mergesolve.solvers import SOLVERS, FunctionProblem, OptionError, make_domain, make_solver, solve
+from mergesolve.solvers.scalarization import Scalarized
 from mergesolve.solvers.value_search import OVER, Cube, ValueSearch
 
 SEARCHES = [name for name, cls in SOLVERS.items() if issubclass(cls, ValueSearch)]
@@ -193,3 +194,12 @@ def test_options_are_checked_and_survive_json(name):
         if hasattr(solver, option):
             with pytest.raises(OptionError, match=f"'{option}' parameter of {type(solver).__name__} must be"):
                 make_solver({"name": name, option: -1})
+
+
+def test_a_function_of_losses_without_gradients_has_none_either():
+    problem = bowl(np.array([[0.3, 0.1]]), 1, "capped")
+    result = solve(Scalarized(problem, "worst"), {"name": "nelder-mead", "over": "experts"}, max_iter=60, tol=0)
+    np.testing.assert_allclose(result.coefficients, [[0.3, 0.1]], atol=1e-2)
+    assert problem.counts.gradients == 0
+    with pytest.raises(OptionError, match="needs gradients"):
+        solve(Scalarized(problem, "worst"), "projected-gradient")
