@@ -55,6 +55,12 @@ class Sparse(Domain):
             return base
         return np.maximum(base, -np.sort(-np.abs(point), axis=1)[:, self.count])
 
+    def breach(self, point: Array, row: int) -> str:
+        """How many experts a row uses, where these are too many."""
+        used = int(np.count_nonzero(point[row]))
+        base: str = self.domain.breach(point, row)
+        return f"it uses {used} experts, more than {self.count}" if used > self.count else base
+
     def minimizer(self, scores: Array) -> Array:
         """One expert a row: a vertex of the convex hull, which is in the set itself."""
         found: Array = self.domain.minimizer(scores)
