@@ -68,6 +68,29 @@ def test_minimizer_is_the_best_vertex_by_brute_force(name, scores):
     assert domain.violation(found).max() == 0
 
 
+@pytest.mark.parametrize("name", BOUNDED)
+@given(scores=matrices, seed=st.integers(0, 1000))
+def test_keys_stand_for_the_vertices_that_they_were_made_from(name, scores, seed):
+    """matrix(atom(S)) is the minimizer, products are ⟨V_k, S⟩ and blend is Σ w_k V_k, whatever the key looks like."""
+    domain = make_domain(name)
+    rows, n = scores.shape
+    rng = np.random.default_rng(seed)
+    atoms = np.stack([domain.atom(scores), *(domain.atom(rng.normal(size=scores.shape)) for _ in range(3))])
+    dense = np.stack([domain.matrix(atom, n) for atom in atoms])
+    np.testing.assert_array_equal(dense[0], domain.minimizer(scores))
+    np.testing.assert_allclose(domain.products(atoms, scores), np.sum(dense * scores, axis=(1, 2)), atol=1e-10)
+    weights = rng.dirichlet(np.ones(4))
+    np.testing.assert_allclose(domain.blend(atoms, weights, rows, n), np.tensordot(weights, dense, axes=1), atol=1e-14)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_rows_that_nothing_couples_are_factors_of_their_own(name):
+    cells = make_domain(name).cells(4)
+    assert len(set(cells.tolist())) in (1, 4)
+    if name in ("simplex", "capped", "box", "l1-ball"):
+        np.testing.assert_array_equal(cells, np.arange(4))
+
+
 @given(scores=matrices)
 def test_soft_oracle_lists_vertices_by_ascending_score(scores):
     n = scores.shape[1]
