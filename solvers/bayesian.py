@@ -22,7 +22,7 @@ import numpy as np
 from .errors import check_number
 from .evolution import require_library
 from .solver import State
-from .value_search import SCALE, Live, ValueSearch
+from .value_search import SCALE, Cube, Live, ValueSearch
 
 Array = np.ndarray[Any, Any]
 
@@ -50,7 +50,7 @@ class BayesianOptimization(ValueSearch):
         check_number(self, "seed", 0, 2**31, closed="left", integer=True)
         require_library("BayesianOptimization", "bayes_opt")
 
-    def propose(self, state: State, candidates: Array, values: Array) -> tuple[Array | None, Live | None]:
+    def propose(self, cube: Cube, state: State, candidates: Array, values: Array) -> tuple[Array | None, Live | None]:
         """A function of the history, the seed and nothing else."""
         count, size = candidates.shape
         if count < self.initial:

@@ -12,6 +12,7 @@ Source: Hansen and Ostermeier (2001); Hansen (2016), The CMA evolution strategy:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ class CMAES(StrategySearch):
         check_number(self, "seed", 0, math.inf, closed="left", integer=True)
         require_library("CMAES", "cma")
 
-    def strategy(self, start: Array) -> Candidates:
+    def strategy(self, start: Array, inside: Callable[[Array], bool]) -> Candidates:
         """The package's own strategy, with random numbers that nobody else draws from."""
         from cma import CMAEvolutionStrategy
 

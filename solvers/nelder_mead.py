@@ -11,6 +11,7 @@ Source: Nelder and Mead (1965); coefficients by dimension: Gao and Han (2012); r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,16 +44,21 @@ class NelderMead(StrategySearch):
         check_number(self, "xtol", 0, self.edge, closed="neither")
         check_number(self, "restarts", 0, math.inf, closed="left", integer=True)
 
-    def strategy(self, start: Array) -> Candidates:
-        """Nelder-Mead with candidates clipped to the cube, as scipy's with bounds."""
+    def strategy(self, start: Array, inside: Callable[[Array], bool]) -> Candidates:
+        """Nelder-Mead with candidates clipped to the cube, as scipy's with bounds.
+
+        The first simplex lies inside the domain if it can: outside, where candidates are projected, f is flat along the
+        normals of the boundary, and a simplex that begins there would collapse onto it.
+        """
         d = len(start)
         expand, contract, shrink = (1 + 2 / d, 0.75 - 0.5 / d, 1 - 1 / d) if d > 1 else (2.0, 0.5, 0.5)
         best, best_value = start, (yield start)
         for _ in range(self.restarts + 1):
             simplex, values = [best], [best_value]
             for axis in range(d):
-                corner = best.copy()
-                corner[axis] += self.edge if corner[axis] + self.edge <= 1 else -self.edge
+                edge = self.edge * np.eye(d)[axis]
+                corner = best + edge if inside(best + edge) or not inside(best - edge) else best - edge
+                corner = corner if ((corner >= 0) & (corner <= 1)).all() else best - edge
                 simplex.append(corner)
                 values.append((yield corner))
             points, heights = np.array(simplex), np.array(values)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,11 +58,19 @@ class Cube:
         rows = self.rows if self.over in (BLOCKS, COEFFICIENTS) else 1
         return rows, self.size // rows
 
+    def raw(self, z: Array) -> Array:
+        """Return what z says, [rows, n], inside the domain or not."""
+        x = self.lower + (self.upper - self.lower) * z
+        return np.broadcast_to(x.reshape(self.shape), (self.rows, self.n)).copy()
+
+    def inside(self, z: Array) -> bool:
+        """Whether z is in the cube, and in the domain as it is."""
+        in_cube = bool(((z >= 0) & (z <= 1)).all())
+        return in_cube and bool(self.domain.violation(self.raw(z)).max() <= FEASIBILITY)
+
     def merge(self, z: Array) -> Array:
         """Return Λ(z) [rows, n]; what is feasible as it is stays as it is."""
-        x = self.lower + (self.upper - self.lower) * z
-        point = np.broadcast_to(x.reshape(self.shape), (self.rows, self.n)).copy()
-        return self.domain.project(point) if self.domain.violation(point).max() > FEASIBILITY else point
+        return self.raw(z) if self.inside(z) else self.domain.project(self.raw(z))
 
     def nearest(self, point: Array) -> Array:
         """Return the z [size] whose x are means of Λ over what they stand for, clipped to the cube."""
@@ -138,15 +146,16 @@ class ValueSearch(Solver):
         """Add the value to the history, and go to the next candidate."""
         candidates = state.memory["candidates"]
         values = np.append(state.memory["values"], evaluation.value)
-        z, live = self.propose(state, candidates, values)
+        cube = self.cube(problem)
+        z, live = self.propose(cube, state, candidates, values)
         if z is None:
             return Step(state, 0.0, finished=True)
         memory = {"candidates": np.vstack([candidates, z]), "values": values}
         size = float(np.linalg.norm(z - candidates[-1]))
-        return Step(LiveState(self.cube(problem).merge(z), memory, live), size)
+        return Step(LiveState(cube.merge(z), memory, live), size)
 
     @abstractmethod
-    def propose(self, state: State, candidates: Array, values: Array) -> tuple[Array | None, Live | None]:
+    def propose(self, cube: Cube, state: State, candidates: Array, values: Array) -> tuple[Array | None, Live | None]:
         """Return the candidate after ``candidates`` [t, size] with ``values`` [t], or None at the end."""
 
 
@@ -179,14 +188,17 @@ class StrategySearch(ValueSearch):
     """Common part of the searches whose strategy remembers more than the history."""
 
     @abstractmethod
-    def strategy(self, start: Array) -> Candidates:
-        """Yield ``start``, then candidates in the cube; decide by nothing but the options and the values sent."""
+    def strategy(self, start: Array, inside: Callable[[Array], bool]) -> Candidates:
+        """Yield ``start``, then candidates in the cube; decide by nothing but these, the options and the values sent.
 
-    def propose(self, state: State, candidates: Array, values: Array) -> tuple[Array | None, Live | None]:
+        inside: whether a point of the cube is a merge as it is; others are projected.
+        """
+
+    def propose(self, cube: Cube, state: State, candidates: Array, values: Array) -> tuple[Array | None, Live | None]:
         """Tell the strategy the last value; one that is not there, or was told something else, hears all of them."""
         live = state.live if isinstance(state, LiveState) else None
         if live is None or live.told != len(values) - 1:
-            live = Live(self.strategy(candidates[0]))
+            live = Live(self.strategy(candidates[0], cube.inside))
             for value, expected in zip(values[:-1], candidates[1:], strict=True):
                 if not np.array_equal(live.tell(float(value)), expected):  # type: ignore[arg-type]
                     raise OptionError(

@@ -17,7 +17,7 @@ def test_first_points_fill_the_cube_more_evenly_than_chance(size):
 def test_what_is_proposed_depends_on_history_and_seed_alone():
     candidates, values = np.array([[0.1], [0.5], [0.9]]), np.array([0.3, 0.1, 0.4])
     propose = [BayesianOptimization(initial=3, seed=seed).propose for seed in (0, 0, 1)]
-    one, two, other = (ask(State(np.zeros((1, 1))), candidates, values)[0] for ask in propose)
+    one, two, other = (ask(None, State(np.zeros((1, 1))), candidates, values)[0] for ask in propose)
     np.testing.assert_array_equal(one, two)
     assert 0.3 < one[0] < 0.7
     assert other is not None

@@ -4,7 +4,7 @@ from mergesolve.solvers import CMAES
 
 
 def run(solver, function, start, most):
-    strategy, tried = solver.strategy(start), []
+    strategy, tried = solver.strategy(start, lambda z: True), []
     candidate = next(strategy)
     while len(tried) < most:
         tried.append((function(candidate), candidate))

@@ -4,6 +4,10 @@ from mergesolve.solvers import NelderMead
 from scipy.optimize import minimize
 
 
+def within(z):
+    return bool(((z >= 0) & (z <= 1)).all())
+
+
 def rosenbrock(z):
     x = 4 * z - 2
     return float(sum(10 * (x[1:] - x[:-1] ** 2) ** 2) + sum((1 - x) ** 2))
@@ -39,7 +43,7 @@ def test_candidates_are_scipys_one_by_one(function, size):
             "maxiter": 10**6,
         },
     )
-    strategy = NelderMead(xtol=1e-300, restarts=0).strategy(start)
+    strategy = NelderMead(xtol=1e-300, restarts=0).strategy(start, within)
     ours = [next(strategy)]
     while len(ours) < len(theirs):
         ours.append(strategy.send(function(ours[-1])))
@@ -49,7 +53,7 @@ def test_candidates_are_scipys_one_by_one(function, size):
 def test_ends_when_the_last_simplex_has_shrunk_and_restarts_around_the_best():
     counts = []
     for restarts in (0, 2):
-        strategy = NelderMead(xtol=1e-3, restarts=restarts).strategy(np.full(2, 0.2))
+        strategy = NelderMead(xtol=1e-3, restarts=restarts).strategy(np.full(2, 0.2), within)
         tried = [next(strategy)]
         try:
             while True:

@@ -42,7 +42,7 @@ def test_finds_the_best_scale_and_asks_for_no_gradient(name):
 @pytest.mark.parametrize("domain", ["simplex", "capped", "box"])
 def test_finds_three_experts_weights_on_every_domain(name, domain):
     """The optimum is the projection of the target, known in closed form; outside, it is on the boundary."""
-    for target in ([0.2, 0.5, 0.3], [0.9, 0.5, -0.3])[: 1 if name == "bayesian" else 2]:
+    for target in ([0.2, 0.5, 0.3], [0.9, 0.5, -0.3], [0.1, 0.2, 0.3])[: 1 if name == "bayesian" else 3]:
         problem = bowl(np.array([target]), 2, domain)
         result = solve(problem, {"name": name, "over": "experts"}, max_iter=BUDGET[name], tol=0)
         best = make_domain(domain).project(np.array([target]))
