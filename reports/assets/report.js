@@ -426,7 +426,7 @@ function overview(run) {
       run.free ? null : tile("Gap", fmt(run.gap), note),
       tile("Stationarity", fmt(run.stationarity)),
       tile("Iterations", fmt(c.iterations), known(run.best_iteration) && run.best_iteration !== c.iterations ? `best: ${run.best_iteration}` : null),
-      tile("Gradients", fmt(c.gradients), known(c.evaluations) ? `${fmt(c.evaluations)} values` : null),
+      tile("Gradients", fmt(c.gradients), c.evaluations > 0 ? `${fmt(c.evaluations)} values` : null),
       tile("Samples", fmt(c.samples)),
       tile("Time", seconds(c.seconds)),
       tile("Peak memory", bytes(c.peak_memory))),
@@ -558,7 +558,8 @@ function activeSet(run) {
     { name: "experts with a weight", colour: "var(--accent)", xs: frames.at, ys: counts, marks: frames.count <= 40 },
     { name: "effective number a layer", colour: "var(--step)", xs: frames.at, ys: effective, marks: frames.count <= 40 },
   ];
-  if (t.active) series.push({ name: "vertices that the solver holds", colour: "var(--gap)", dash: "6 3", xs: t.iteration, ys: t.active, marks: t.iteration.length <= 40 });
+  if (t.active) series.push({ name: "vertices that the solver holds", colour: "var(--gap)", dash: "6 3", xs: t.iteration.map((k) => k + 1), ys: t.active, marks: t.iteration.length <= 40 }); // after the step
+  if (t.active && series[2].ys.at(-1) === null) series[2] = { ...series[2], xs: series[2].xs.slice(0, -1), ys: t.active.slice(0, -1) };
   const hiddenHere = new Set();
   const size = chart({ label: `Size of the active set of ${run.name} over the iterations`, height: 210, whole: true, zero: true, cursor, pick, series: () => series.filter((s) => !hiddenHere.has(s.name)) });
   const clipped = rows.length > shown.length ? ` ${shown.length} of ${rows.length} experts are shown, the heaviest.` : "";
@@ -805,7 +806,7 @@ function cost(run) {
     parts.length > 0 && total > 0 && el("ul", { class: "keys" }, parts.map(([name, s], k) => el("li", { title: meaning[name] || "" }, el("i", { class: "swatch", style: { background: k < 3 ? seriesColour(k) : "var(--hatch)" } }), `${name} `, el("b", {}, seconds(s)), ` ${percent(s / total)}`))),
     pairsTable([
       ["wall clock", seconds(c.seconds)], ["gradients (forward and backward)", fmt(c.gradients)], ["values (forward only)", fmt(c.evaluations)],
-      ["samples through the model", `${fmt(c.samples)}${known(c.gradient_samples) ? `, ${fmt(c.gradient_samples)} of them with a gradient` : ""}`],
+      ["samples through the model", `${fmt(c.samples)}${!known(c.gradient_samples) ? "" : c.gradient_samples === c.samples ? ", all with a gradient" : `, ${fmt(c.gradient_samples)} of them with a gradient`}`],
       ["combines and correlates", `${fmt(c.combines)} and ${fmt(c.correlates)}`], ["read from the pool", bytes(c.bytes_read)], ["peak memory of the process", bytes(c.peak_memory)],
     ]));
 }
