@@ -24,6 +24,7 @@ from .minimax import Minimax
 from .mirror import MirrorDescent
 from .nelder_mead import NelderMead
 from .pairwise_frank_wolfe import PairwiseFrankWolfe
+from .pareto import Front, Plan, hypervolume, pareto, surrogate_front
 from .points import Point, Scan, start_point
 from .polytope import Polytope, constrain
 from .presets import PRESETS
@@ -56,6 +57,7 @@ from .step_rules import (
     make_step_rule,
 )
 from .stochastic_frank_wolfe import StochasticFrankWolfe
+from .surrogate import Surrogate, fit_surrogate
 from .trace import read_trace
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "Fixed",
     "FrankWolfe",
     "Free",
+    "Front",
     "FunctionProblem",
     "L1Ball",
     "LazyFrankWolfe",
@@ -105,6 +108,7 @@ __all__ = [
     "OptionError",
     "PCGrad",
     "PairwiseFrankWolfe",
+    "Plan",
     "Point",
     "Polytope",
     "Problem",
@@ -128,17 +132,22 @@ __all__ = [
     "Step",
     "StepRule",
     "StochasticFrankWolfe",
+    "Surrogate",
     "WeightedSum",
     "Worst",
     "concrete_merge",
     "constrain",
+    "fit_surrogate",
+    "hypervolume",
     "make_domain",
     "make_scalarization",
     "make_solver",
     "make_step_rule",
+    "pareto",
     "read_trace",
     "solve",
     "solve_constrained",
     "start_point",
+    "surrogate_front",
     "worst_gap",
 ]
