@@ -24,7 +24,7 @@ from .minimax import Minimax
 from .mirror import MirrorDescent
 from .nelder_mead import NelderMead
 from .pairwise_frank_wolfe import PairwiseFrankWolfe
-from .pareto import Front, Plan, hypervolume, pareto, surrogate_front
+from .pareto import Front, Plan, hypervolume, pareto_front, surrogate_front
 from .points import Point, Scan, start_point
 from .polytope import Polytope, constrain
 from .presets import PRESETS
@@ -143,7 +143,7 @@ __all__ = [
     "make_scalarization",
     "make_solver",
     "make_step_rule",
-    "pareto",
+    "pareto_front",
     "read_trace",
     "solve",
     "solve_constrained",

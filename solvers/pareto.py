@@ -130,7 +130,7 @@ class Plan:
         object.__setattr__(self, "solver", make_solver(self.solver))
 
 
-def pareto(
+def pareto_front(
     problem: MatrixProblem,
     preferences: Array | int | None = None,
     plan: Plan | None = None,
@@ -293,7 +293,7 @@ def surrogate_front(
         model = fit_surrogate(problem, samples, seed=seed, progress=fitting)
     start = problem.domain.project(np.full((problem.rows, problem.n), 1 / problem.n))
     cheap = Plan(plan.method, plan.smoothing, "projected-gradient", start, max(plan.max_iter, 500), 1e-7, plan.warm)
-    guess = pareto(model.problem, preferences, cheap, seed=seed)
+    guess = pareto_front(model.problem, preferences, cheap, seed=seed)
     losses = []
     problem.draw(None)
     for k, point in enumerate(guess.coefficients):

@@ -11,7 +11,7 @@ from mergesolve.solvers.pareto import (
     das_dennis,
     hypervolume,
     nondominated,
-    pareto,
+    pareto_front,
     path,
     preference_grid,
     surrogate_front,
@@ -81,7 +81,7 @@ def test_a_sampled_hypervolume_is_within_its_stated_error():
 def test_every_point_of_the_front_of_a_convex_problem_is_pareto_optimal(method, many, tmp_path):
     problem = many(3, 2, rows=1)
     plan = Plan(method=method, max_iter=300, tol=1e-7)
-    front = pareto(problem, 4, plan, run=tmp_path)
+    front = pareto_front(problem, 4, plan, run=tmp_path)
     assert len(front.preferences) == 5
     assert front.nondominated.all()
     for point, preference in zip(front.coefficients, front.preferences, strict=True):
@@ -104,27 +104,27 @@ def test_every_point_of_the_front_of_a_convex_problem_is_pareto_optimal(method, 
 
 def test_a_killed_front_keeps_the_preferences_that_are_done(many, tmp_path):
     plan = Plan(max_iter=20, tol=1e-6)
-    whole = pareto(many(3, 2, rows=1), 4, plan, run=tmp_path / "whole")
+    whole = pareto_front(many(3, 2, rows=1), 4, plan, run=tmp_path / "whole")
 
     def die(done, total, name):
         if done == 3:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        pareto(many(3, 2, rows=1), 4, plan, run=tmp_path / "killed", progress=die)
+        pareto_front(many(3, 2, rows=1), 4, plan, run=tmp_path / "killed", progress=die)
     assert not (tmp_path / "killed/front.json").exists()
     problem = many(3, 2, rows=1)
-    resumed = pareto(problem, 4, plan, run=tmp_path / "killed", resume=True)
+    resumed = pareto_front(problem, 4, plan, run=tmp_path / "killed", resume=True)
     np.testing.assert_array_equal(resumed.coefficients, whole.coefficients)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
     assert 0 < problem.counts.gradients < sum(record["nit"] for record in whole.records)
     with pytest.raises(OptionError, match="was solved for another problem"):
-        pareto(problem, 4, Plan(max_iter=20, smoothing=0.5), run=tmp_path / "killed", resume=True)
+        pareto_front(problem, 4, Plan(max_iter=20, smoothing=0.5), run=tmp_path / "killed", resume=True)
 
 
 def test_the_front_of_a_surrogate_is_the_front_where_losses_are_quadratic(many, tmp_path):
     problem = many(3, 2, rows=1)
-    true = pareto(problem, 4, Plan(max_iter=400, tol=1e-8))
+    true = pareto_front(problem, 4, Plan(max_iter=400, tol=1e-8))
     front, model = surrogate_front(many(3, 2, rows=1), 4, run=tmp_path)
     np.testing.assert_allclose(front.losses, true.losses, atol=1e-5)
     np.testing.assert_allclose(front.predicted, front.losses, atol=1e-7)
@@ -143,11 +143,11 @@ def test_preferences_and_references_that_do_not_fit_are_named(many):
         ([[-1, 2]], "not negative"),
     ):
         with pytest.raises(OptionError, match=match):
-            pareto(problem, preferences)
+            pareto_front(problem, preferences)
     with pytest.raises(OptionError, match="no task"):
-        pareto(problem, 1, Plan(max_iter=1), reference={"other": 1.0})
+        pareto_front(problem, 1, Plan(max_iter=1), reference={"other": 1.0})
     with pytest.raises(OptionError, match="needs run=FOLDER"):
-        pareto(problem, resume=True)
+        pareto_front(problem, resume=True)
     with pytest.raises(OptionError, match="holds no front"):
         Front.load("nowhere")
     assert json.dumps(Plan().solver.describe())
