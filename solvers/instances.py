@@ -14,6 +14,7 @@ row by row (λ is a row of Λ*, s of S*):
     capped     the same with ν ≤ 0, and ν = 0 where Σλ < 1
     box        s_i = 0 inside, ≥ 0 at the lower bound, ≤ 0 at the upper one
     free       s = 0
+    caps       λ ≤ c in the simplex: as simplex, and s_i = ν − μ_i with μ_i ≥ 0 where λ_i = c
     l1-ball    s_i = −ν sign(λ_i) on the support, |s_i| ≤ ν elsewhere, ν ≥ 0, and ν = 0 where ‖λ‖₁ is below the radius
 
 μ_i = 0 off the support is a degenerate optimum: strict complementarity fails. Where the minimizer is not unique,
@@ -33,6 +34,7 @@ import numpy as np
 
 from .domains import Box, Capped, Domain, Free, Simplex
 from .l1_ball import L1Ball
+from .polytope import Polytope
 from .problem import FunctionProblem
 
 Array = np.ndarray[Any, Any]
@@ -413,6 +415,23 @@ def on_balls() -> list[Instance]:
     return made
 
 
+def on_polytopes() -> list[Instance]:
+    """Return the problem with constraints of a user's: no expert may have more than 0.4 of a block."""
+    rng = np.random.default_rng(95)
+    names, blocks = tuple(f"expert{i}" for i in range(6)), ("block0", "block1")
+    caps = Polytope(Simplex(), ("each(*) <= 0.4",))
+    domain = caps.bind(names, blocks, {name: np.array([row]) for row, name in enumerate(blocks)})
+    point, scores = np.array([[0.4, 0.35, 0.25, 0.0, 0.0, 0.0]] * 2), np.zeros((2, 6))
+    for row in range(2):
+        scores[row] = rng.normal() + np.concatenate([[-0.2], [0.0, 0.0], rng.uniform(0.05, 0.5, 3)])
+        order = rng.permutation(6)
+        point[row], scores[row] = point[row, order], scores[row, order]
+    properties = ("strongly convex", "product", "coupled", "face")
+    return [tilted("caps", gaussian(rng, 2, 6, coupled=True), point, scores, domain, *properties)]
+
+
 INSTANCES: dict[str, Instance] = {
-    instance.name: instance for family in (on_hulls, special, sizes, on_boxes, on_balls) for instance in family()
+    instance.name: instance
+    for family in (on_hulls, special, sizes, on_boxes, on_balls, on_polytopes)
+    for instance in family()
 }

