@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 COMMENT = f"# What ran, every default filled in. Again: mergesolve solve {RECIPE}\n"
 LEFT_BY_A_RUN = ("trace.jsonl", "result.json", "coefficients.safetensors", "checkpoint.safetensors", "rounds")
-ALL_OF_A_RUN = (*LEFT_BY_A_RUN, RECIPE, RECORD, "merged.safetensors", "figures")
+ALL_OF_A_RUN = (*LEFT_BY_A_RUN, RECIPE, RECORD, "merged.safetensors", "figures", "report.html")
 ASIDE = ".replaced"  # where the run that --overwrite replaces waits until the new one has made its first step
 
 

@@ -29,8 +29,8 @@ from .run import Run, RunError
 Array = NDArray[np.float64]
 
 FRAMES = 300_000  # coefficients that a page holds, over all of its runs
-RECORDS = 1500  # records that a page holds of each run
-CHOICES = 12_000  # (vertex, share) pairs that a page holds of each run
+RECORDS = 1500  # records that a page holds of each run; of more than three runs, fewer of each
+CHOICES = 12_000  # (vertex, share) pairs, likewise
 LIMIT = 200_000  # characters of a recipe
 LIGHT, DARK = "#ffffff", "#1a1d23"  # what the charts are drawn on
 SERIES = ("#2F6FA8", "#B5533C", "#4C8C4A", "#7A4FA3", "#B0892B", "#2F9E8F", "#A8487F", "#5F6B7A")
@@ -89,21 +89,21 @@ def _ranked(runs: Sequence[Run]) -> list[str]:
 
 
 def _content(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
-    budget = FRAMES // len(runs)
+    part = min(1.0, 3 / len(runs))
     return {
         "names": list(names),
         "series": len(SERIES),
         "differences": differences(runs) if len(runs) > 1 else [],
-        "runs": [_run(run, names, budget) for run in runs],
+        "runs": [_run(run, names, FRAMES // len(runs), part) for run in runs],
     }
 
 
-def _run(run: Run, names: Sequence[str], budget: int) -> dict[str, Any]:
-    """Everything that the page says of one run."""
+def _run(run: Run, names: Sequence[str], budget: int, part: float) -> dict[str, Any]:
+    """Everything that the page says of one run, in `budget` coefficients and a part of RECORDS and CHOICES."""
     end = final(run)
     result, last = run.result or {}, run.records[-1] if run.records else {}
     counts, data = result.get("counts") or {}, result.get("data") or {}
-    trace, choices, note = _trace(run, names)
+    trace, choices, note = _trace(run, names, part)
     frames = _frames(run, budget)
     return {
         "name": run.name,
@@ -187,9 +187,11 @@ def _thinned(count: int, limit: int) -> list[int]:
     return sorted({round(k) for k in np.linspace(0, count - 1, max(2, limit))})
 
 
-def _trace(run: Run, names: Sequence[str]) -> tuple[dict[str, Any], list[list[tuple[int, float]]], str | None]:
+def _trace(
+    run: Run, names: Sequence[str], part: float
+) -> tuple[dict[str, Any], list[list[tuple[int, float]]], str | None]:
     """Numbers of the records, column by column; vertices chosen in each; a note if not all of these are there."""
-    kept = _thinned(len(run.records), RECORDS)
+    kept = _thinned(len(run.records), int(part * RECORDS))
     iterations = run.iterations
     records = [run.records[k] for k in kept]
     extra = [record.get("extra") or {} for record in records]
@@ -208,9 +210,10 @@ def _trace(run: Run, names: Sequence[str]) -> tuple[dict[str, Any], list[list[tu
     place = {"base": -1, "start": -2, **{name: k for k, name in enumerate(names)}}
     choices = [[(place[name], round(share, 3)) for name, share in run.choices(record).items()] for record in records]
     pairs = sum(map(len, choices))
-    if pairs <= CHOICES:
+    limit = int(part * CHOICES)
+    if pairs <= limit:
         return trace, choices, None
-    every = math.ceil(pairs / CHOICES)
+    every = math.ceil(pairs / limit)
     note = f"Dots of one record in {every}."
     return trace, [line if k % every == 0 else [] for k, line in enumerate(choices)], note
 

@@ -377,6 +377,7 @@ class Frames {
     this.experts = run.frames.experts.length;
     this.coefficients = unpack(run.frames.coefficients);
     this.scores = unpack(run.frames.scores);
+    this.ranges = {};
   }
   get count() { return this.at.length; }
   value(kind, frame, layer, expert) { return this[kind][(frame * this.layers + layer) * this.experts + expert]; }
@@ -388,12 +389,12 @@ class Frames {
     for (let l = 0; l < this.layers; l++) sum += this.value(kind, frame, l, expert);
     return sum / this.layers;
   }
-  bound(kind) {
-    let high = 0;
-    for (const v of this[kind]) if (known(v)) high = Math.max(high, Math.abs(v));
-    return high || 1;
+  range(kind) { // [least, largest], with 0 between them
+    if (!this.ranges[kind]) this.ranges[kind] = this[kind].reduce(([low, high], v) => (known(v) ? [Math.min(low, v), Math.max(high, v)] : [low, high]), [0, 0]);
+    return this.ranges[kind];
   }
-  negative(kind) { return this[kind].some((v) => v < -1e-6); }
+  bound(kind) { return Math.max(...this.range(kind).map(Math.abs)) || 1; }
+  negative(kind) { return this.range(kind)[0] < -1e-6; }
   order(frame) { // experts by |mean| at a frame, heaviest first
     return [...Array(this.experts).keys()].sort((a, b) => Math.abs(this.mean("coefficients", frame, b)) - Math.abs(this.mean("coefficients", frame, a)));
   }
