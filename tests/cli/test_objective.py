@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+import yaml
 from mergesolve.cli.names import UsageProblem
 from mergesolve.cli.objective import center_weights, merged_base, one_expert
 from mergesolve.cli.recipe import from_mapping
@@ -17,6 +22,9 @@ from mergesolve.objectives import (
     SharpnessAware,
     WeightedSum,
 )
+from safetensors.torch import load_file, save_file
+
+from .conftest import recipe_fields
 
 
 @pytest.fixture
@@ -116,3 +124,35 @@ def test_what_has_no_meaning_is_refused_before_anything_is_loaded(setup, objecti
 def test_a_center_that_is_not_there_is_refused(setup):
     with pytest.raises(UsageProblem, match=r"objective 'proximity': unknown center 'averages'. Did you mean 'average'"):
         _ = setup({"name": "proximity", "center": "averages"}).objective
+
+
+def test_the_command_mixes_inputs_and_counts_the_real_ones(run, zoo):
+    flags = ["--limit", 5, "--mixed", 40, "--objective", "distillation", "--max-iter", 2, "--no-figures", "--run", "r"]
+    done = run("solve", "--zoo", "--task", "red", *flags)
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(Path("r/result.json").read_text())["data"]
+    assert (data["labelled"], data["unlabelled"], data["teacher_samples"]) == (0, 5, 40)
+    fields = yaml.safe_load(Path("r/recipe.yaml").read_text())
+    assert (fields["mixed"], fields["tasks"][0]["mixed"]) == (40, 40)
+    refused = run("solve", "--zoo", "--task", "red", "--mixed", 40)
+    assert refused.exit_code == 2
+    assert "--objective distillation" in refused.stderr
+
+
+def test_a_mask_is_found_beside_the_recipe_and_named_in_full_in_the_run(tiny, tmp_path, run):
+    base = load_file(tiny / "base.safetensors")
+    (tmp_path / "masks").mkdir()
+    save_file(
+        {name: torch.full_like(tensor, 0.5) for name, tensor in base.items()}, tmp_path / "masks/half.safetensors"
+    )
+    fields = recipe_fields(tiny)
+    fields["pool"]["transforms"] = [{"name": "mask", "path": "half.safetensors"}]
+    (tmp_path / "masks/recipe.yaml").write_text(yaml.safe_dump(fields))
+    flags = ["--start", "expert:red", "--solver", "point", "--max-iter", 0, "--no-figures", "--run", "r"]
+    done = run("solve", "masks/recipe.yaml", *flags)
+    assert done.exit_code == 0, done.stderr
+    expert, merged = load_file(tiny / "experts/red.safetensors"), load_file("r/merged.safetensors")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, (base[name] + expert[name]) / 2)
+    written = yaml.safe_load(Path("r/recipe.yaml").read_text())["pool"]["transforms"][0]["path"]
+    assert written == str(tmp_path / "masks/half.safetensors")

@@ -41,17 +41,22 @@ def _far(weights: Weights, seed: int = 11) -> Weights:
     return {n: t + torch.randn(t.shape, generator=rng, dtype=t.dtype) for n, t in weights.items()}
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 1.0), (0.1, 1.0), (0.1, 2.5)])
 def test_cross_entropy_is_numpys(
-    mlp_model: ModuleModel, mlp64_weights: Weights, mlp_tasks: tuple[Task, Task], smoothing: float
+    mlp_model: ModuleModel,
+    mlp64_weights: Weights,
+    mlp_tasks: tuple[Task, Task],
+    smoothing: float,
+    temperature: float,
 ) -> None:
     losses = []
     for task in mlp_tasks:
         assert task.labels is not None
         target = np.full((len(task), 4), smoothing / 4)
         target[np.arange(len(task)), task.labels.numpy()] += 1 - smoothing
-        losses.append(float(-(target * np.log(_softmax(_logits(mlp64_weights, task)))).sum(axis=1).mean()))
-    objective = CrossEntropy(mlp_model, mlp_tasks, microbatch=3, label_smoothing=smoothing)
+        p = _softmax(_logits(mlp64_weights, task) / temperature)
+        losses.append(float(-(target * np.log(p)).sum(axis=1).mean()))
+    objective = CrossEntropy(mlp_model, mlp_tasks, microbatch=3, label_smoothing=smoothing, temperature=temperature)
     evaluation = objective.value_and_grad(mlp64_weights)
     assert list(evaluation.task_losses.values()) == pytest.approx(losses, rel=1e-12)
     assert evaluation.loss == pytest.approx(np.mean(losses), rel=1e-12)
