@@ -245,7 +245,7 @@ addEventListener("load", async () => {
 
 @pytest.fixture
 def look(tmp_path):
-    """look(pages) -> what a browser found on each page, at 400 and at 1280 px; one start of the browser for all."""
+    """look([(page, width), ...]) -> what a browser found on each page; one start of the browser for all."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is installed")
@@ -253,8 +253,7 @@ def look(tmp_path):
     def open_all(pages):
         frames = [
             f'<iframe width="{width}" height="900" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
-            for page in pages
-            for width in (400, 1280)
+            for page, width in pages
         ]
         (tmp_path / "wrapper.html").write_text(WRAPPER % "".join(frames), encoding="utf-8")
         flags = (
@@ -282,11 +281,13 @@ def test_a_browser_draws_every_chart_without_error_or_overflow_at_400_and_1280_p
     )  # and no scores
     single = with_scores(write_run("single", iterations=1, domain="simplex"))
     runs = [read_run(folder) for folder in (one, three, free, single)]
-    pages = [*([run] for run in runs), runs]
-    found = look([render(page) for page in pages])
-    assert [entry["width"] for entry in found] == [400, 1280] * len(pages)
-    for page, entry in zip([page for page in pages for _ in range(2)], found, strict=True):
-        what = f"{[run.name[:12] for run in page]} at {entry['width']} px"
+    pages = {"one": runs[:1], "three": runs[1:2], "free": runs[2:3], "single": runs[3:], "several": runs}
+    shown = [(name, 400) for name in pages] + [("one", 1280), ("several", 1280)]
+    found = look([(render(pages[name]), width) for name, width in shown])
+    assert len(found) == len(shown)
+    for (name, width), entry in zip(shown, found, strict=True):
+        what = f"{name} at {width} px"
+        assert entry["width"] == width
         assert entry["error"] is None, what
         assert entry["ready"] == "1", what
         assert entry["wide"] == entry["wideAfter"] == [], what
@@ -302,15 +303,11 @@ def test_a_browser_draws_every_chart_without_error_or_overflow_at_400_and_1280_p
         assert set(titles) <= set(entry["headings"]), what
         assert entry["hidden"], what
         assert entry["rows"] > 5, what
-    names = ["one", "three", "free", "single", "several"]
-    by_name = {name: found[2 * k : 2 * k + 2] for k, name in enumerate(names)}
-    for name, entries in by_name.items():
-        for entry in entries:
-            labels = " ".join(label for label, _ in entry["charts"])
-            assert ("triangle of its three experts" in labels) == (name in ("three", "single")), name
-            assert ("of all runs" in labels) == (name == "several"), name
-            assert entry["moved"] == (name != "single"), name  # it has one iteration, and no slider
-            assert entry["tip"] > 0, name
-    assert by_name["three"][0]["pre"].startswith("note: '</script><img")
-    assert by_name["free"][0]["warnings"] == 1
-    assert "Scores of the oracle" in by_name["one"][0]["headings"]
+        assert ("triangle of its three experts" in labels) == (name in ("three", "single")), what
+        assert ("of all runs" in labels) == (name == "several"), what
+        assert entry["moved"] == (name != "single"), what  # it has one iteration, and no slider
+        assert entry["tip"] > 0, what
+    by_name = dict(zip([name for name, _ in shown], found, strict=True))
+    assert by_name["three"]["pre"].startswith("note: '</script><img")
+    assert by_name["free"]["warnings"] == 1
+    assert "Scores of the oracle" in by_name["one"]["headings"]
