@@ -4,8 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-from mergesolve.solvers import SOLVERS, Simplex, solve
+from mergesolve.solvers import SOLVERS, FunctionProblem, Simplex, solve
 from mergesolve.solvers.instances import INSTANCES, gaussian, hull_rows, tilted
+from mergesolve.solvers.mgda import min_norm
+from mergesolve.solvers.polytope import Polytope
 
 LINEAR = [name for name in SOLVERS if SOLVERS[name].promise == "linear"]
 ON_FACES = ("edge", "face", "capped face", "capped face with base", "degenerate", "logistic")
@@ -76,3 +78,38 @@ def test_blended_pairwise_reaches_1e_8_on_100_experts_within_400_iterations(supp
     assert result.gap <= 1e-8
     assert result.objective - instance.value <= 1e-8
     assert instance.smoothness / instance.modulus > 50
+
+
+@pytest.mark.parametrize("solver", ["blended-pairwise-frank-wolfe", "corrective-frank-wolfe", "projected-gradient"])
+def test_a_budget_of_the_user_is_kept_and_has_its_price_in_the_scores(solver):
+    """sum(expert0, expert1) ≤ 0.3 in the simplex: s = ν + μ − y on the group, with the price y of the budget."""
+    names = tuple(f"expert{i}" for i in range(5))
+    budget = Polytope(Simplex(), ("sum(expert0, expert1) <= 0.3",))
+    domain = budget.bind(names, ("block0",), {"block0": np.array([0])})
+    point = np.array([[0.2, 0.1, 0.4, 0.3, 0.0]])
+    scores = np.array([[0.1, 0.1, 0.4, 0.4, 0.6]])  # ν = 0.4, y = 0.3
+    design = gaussian(np.random.default_rng(3), 1, 5)
+    instance = tilted("budget", design, point, scores, domain)
+    result = solve(instance.problem(), solver, start=instance.start, max_iter=100, tol=1e-6)
+    assert result.status == "optimal"
+    assert 0 <= result.objective - instance.value + 1e-9 <= 2e-6
+    assert result.coefficients[0, :2].sum() <= 0.3 + 1e-9
+    np.testing.assert_allclose(instance.function(result.coefficients)[1], scores, atol=1e-2)
+    free = solve(FunctionProblem(instance.function, 1, 5, Simplex()), "projected-gradient", max_iter=500, tol=1e-9)
+    assert free.coefficients[0, :2].sum() > 0.35, "without the budget the group would have more"
+
+
+@pytest.mark.parametrize("active", [2, 7, 20])
+def test_mgda_finds_the_least_norm_of_20_tasks_to_1e_8(active):
+    """g_t = d + h_t with h_t ⟂ d and Σ p_t h_t = 0, or ⟨g_t, d⟩ > ‖d‖²: so d is the point of the hull next to 0."""
+    rng = np.random.default_rng(active)
+    d = rng.normal(size=60)
+    h = rng.normal(size=(20, 60))
+    h[:active] -= rng.dirichlet(np.full(active, 2.0)) @ h[:active]
+    h -= np.outer(h @ d, d) / (d @ d)
+    share = np.concatenate([np.ones(active), 1 + rng.uniform(0.1, 2.0, 20 - active)])
+    gradients = share[:, None] * d + h
+    found = min_norm(gradients) @ gradients
+    assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(d), abs=1e-8)
+    np.testing.assert_allclose(found, d, atol=1e-8)
+    assert (gradients @ found).min() >= found @ found - 1e-8, "a common descent direction"
