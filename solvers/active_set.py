@@ -173,7 +173,8 @@ class ActiveSetSolver(Solver):
         products, current = active.products(scores), float(np.sum(point * scores))
         best = float(domain.products(key[None], scores)[0])
         choice = self.choose(products, active.weights, current, best)
-        before, extra = len(active), {"strong_gap": max(0.0, float(products.max()) - best)}
+        before = len(active)
+        extra: dict[str, Any] = {"strong_gap": max(0.0, float(products.max()) - best)}
         gains, loses = choice.gains, choice.loses
         if gains == ORACLE:
             active, gains = active.with_vertex(key)

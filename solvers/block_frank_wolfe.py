@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .errors import OptionError, check_choice, check_number
-from .problem import Evaluation, MatrixProblem
+from .problem import Evaluation, Line, MatrixProblem
 from .solver import Clock, Solver, State, Step, require_oracle
 from .step_rules import SEARCH, Backtracking, Memory, Search, StepRule, make_step_rule
 
@@ -100,7 +100,7 @@ class BlockFrankWolfe(Solver):
         if self.order == RANDOM or not (gaps > 0).any():
             return rng.permutation(blocks)[:count]
         gaining = np.maximum(gaps, 0.0)
-        return rng.choice(blocks, min(count, np.count_nonzero(gaining)), replace=False, p=gaining / gaining.sum())
+        return rng.choice(blocks, min(count, int(np.count_nonzero(gaining))), replace=False, p=gaining / gaining.sum())
 
     def descend(
         self,
@@ -117,12 +117,12 @@ class BlockFrankWolfe(Solver):
         moving = np.isin(cells, chosen)[:, None] * direction
         slopes = np.bincount(cells, np.sum(moving * evaluation.scores, axis=1))
         norms = np.bincount(cells, np.sum(moving**2, axis=1))
-        lines = {}
+        lines: dict[int, Line] = {}
 
         def along(steps: Array) -> float:
             lines.clear()  # a line holds models: only the last one is kept
             lines[0] = problem.line(point, steps[cells, None] * moving)
-            return float(lines[0].value(1.0))
+            return lines[0].value(1.0)
 
         slack = problem.resolution * abs(evaluation.value)
         steps = rule.jointly(slopes, norms, evaluation.value, along, slack, memory)
