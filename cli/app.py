@@ -119,6 +119,7 @@ COMMANDS = {
     "pool": ("pool", "group", "Look into a pool of checkpoints before merging it."),
     "select": ("select", "command", "Choose the experts that are worth merging."),
     "solve": ("solve", "command", "Merge: find the coefficients that minimize an objective."),
+    "pareto": ("pareto", "command", "Merges along preferences between tasks: their Pareto front."),
     "merge": ("merge", "command", "Merge in closed form: average, TIES, DARE, Fisher, ..."),
     "federate": (
         "federate",
