@@ -236,12 +236,19 @@ def _chosen(run: Run) -> list[dict[str, Any]]:
 
 
 def _frames(run: Run, budget: int) -> dict[str, Any]:
-    """Coefficients and scores of some iterations, layers × experts each: all of them if the budget allows."""
+    """Coefficients and scores of some iterations, layers × experts each: all of them if the budget allows.
+
+    Where it does not, the means over the layers come apart, of more iterations.
+    """
     iterations, path = run.trajectory()
     limit = max(2, budget // max(1, 2 * path[0].size)) if len(path) else 0
     kept = _thinned(len(path), limit)
     scores = run.scores()
+    dense = _thinned(len(path), min(RECORDS, budget // max(1, 2 * len(run.experts))))
+    finer = len(dense) > len(kept)  # means over the layers are small enough to keep more of them
     return {
+        "mean_iterations": [int(iterations[k]) for k in dense] if finer else None,
+        "means": _packed(path[dense].mean(axis=1)) if finer else None,
         "experts": list(run.experts),
         "layers": list(run.layers),
         "iterations": [int(iterations[k]) for k in kept],

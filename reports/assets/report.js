@@ -377,11 +377,14 @@ class Frames {
     this.experts = run.frames.experts.length;
     this.coefficients = unpack(run.frames.coefficients);
     this.scores = unpack(run.frames.scores);
+    this.means = unpack(run.frames.means); // of more iterations than the frames, where those are thinned
     this.ranges = {};
   }
   get count() { return this.at.length; }
   value(kind, frame, layer, expert) { return this[kind][(frame * this.layers + layer) * this.experts + expert]; }
-  series(expert, layer) { // over the frames; layer −1: mean
+  places(layer) { return layer < 0 && this.means ? this.run.frames.mean_iterations : this.at; }
+  series(expert, layer) { // over its places; layer −1: mean
+    if (layer < 0 && this.means) return this.places(layer).map((_, k) => this.means[k * this.experts + expert]);
     return this.at.map((_, f) => (layer >= 0 ? this.value("coefficients", f, layer, expert) : this.mean("coefficients", f, expert)));
   }
   mean(kind, frame, expert) {
@@ -440,8 +443,8 @@ const pick = (x) => setFrame(nearest(frames.at, x));
 function stack() {
   const visible = frames.run.frames.experts.map((name, e) => ({ name, e })).filter(({ name }) => !state.hidden.has(name));
   visible.sort((a, b) => INDEX.get(a.name) - INDEX.get(b.name));
-  const upper = frames.at.map(() => 0), lower = frames.at.map(() => 0), found = [];
-  const last = frames.count - 1;
+  const xs = frames.places(state.layer), upper = xs.map(() => 0), lower = xs.map(() => 0), found = [];
+  const last = xs.length - 1;
   for (const { name, e } of visible) {
     const value = frames.series(e, state.layer);
     if (!value.some((v) => Math.abs(v) > 1e-6)) continue;
@@ -450,13 +453,13 @@ function stack() {
       if (!part.some((v) => v > 1e-9)) continue;
       const base = sign > 0 ? upper : lower, low = [...base];
       part.forEach((v, f) => { base[f] += sign * v; });
-      found.push({ name, colour: expertColour(name), xs: frames.at, low, ys: [...base], value, named: false, size: part[last], seam: part[last] < 0.004 ? 0.2 : 0.6 });
+      found.push({ name, colour: expertColour(name), xs, low, ys: [...base], value, named: false, size: part[last], seam: visible.length > 40 || part[last] < 0.004 ? 0.15 : 0.6 });
     }
   }
   const largest = [...found].sort((a, b) => b.size - a.size).slice(0, 8);
   largest.forEach((s) => { s.named = s.size > 0.025; });
   found.inside = lower.every((v) => v > -1e-6) && upper.every((v) => v <= 1 + 1e-3);
-  found.upper = upper;
+  Object.assign(found, { upper, xs });
   return found;
 }
 
@@ -473,7 +476,7 @@ function coefficients(run) {
     hatch: (X, Y) => {
       const s = stack();
       if (!s.inside || !run.has_base || state.hidden.size || frames.count < 2) return [];
-      return [svg("path", { d: band({ xs: frames.at, low: s.upper, ys: s.upper.map(() => 1) }, X, Y), fill: "url(#hatch)" })];
+      return [svg("path", { d: band({ xs: s.xs, low: s.upper, ys: s.upper.map(() => 1) }, X, Y), fill: "url(#hatch)" })];
     },
   });
   const lines = chart({
@@ -482,13 +485,13 @@ function coefficients(run) {
       const order = frames.order(frames.count - 1), prominent = new Set(order.slice(0, 6));
       return order.slice(0, 60).reverse().filter((e) => !state.hidden.has(run.frames.experts[e])).map((e) => {
         const ys = frames.series(e, state.layer);
-        return { name: run.frames.experts[e], colour: expertColour(run.frames.experts[e]), xs: frames.at, ys, named: prominent.has(e) && Math.abs(ys.at(-1)) > 0.01, width: prominent.has(e) ? 2 : 1.3, marks: frames.count === 1 };
+        return { name: run.frames.experts[e], colour: expertColour(run.frames.experts[e]), xs: frames.places(state.layer), ys, named: prominent.has(e) && Math.abs(ys.at(-1)) > 0.01, width: prominent.has(e) ? 2 : 1.3, marks: frames.count === 1 };
       });
     },
   });
   const table = details(["iteration", ...run.frames.experts], () => frames.at.map((at, f) => [at, ...run.frames.experts.map((_, e) => Number((state.layer >= 0 ? frames.value("coefficients", f, state.layer, e) : frames.mean("coefficients", f, e)).toFixed(4)))]));
   return [
-    ...section("Coefficients", `How much of each task vector the merge holds.${run.has_base ? " What is missing to 1, hatched, is the base's share." : ""} An expert has one colour in all charts; click a name to hide it.`),
+    ...section("Coefficients", `How much of each task vector the merge holds.${run.has_base ? " What is missing to 1, hatched, is the base's share." : ""} An expert has one colour in all charts; click a name to hide it.${frames.count < run.records ? ` Of single layers ${frames.count} of ${run.records} iterations are drawn${frames.means && frames.places(-1).length < run.records ? `, of the mean ${frames.places(-1).length}` : ""}.` : ""}`),
     el("div", { class: "controls" }, el("label", {}, "Layer ", select)),
     pattern,
     many ? el("details", {}, el("summary", {}, `Legend of ${items.length} experts`), legend(items, state.hidden, redraw)) : legend(items, state.hidden, redraw),
@@ -502,7 +505,7 @@ function activeSet(run) {
   rows.sort((a, b) => INDEX.get(a.name) - INDEX.get(b.name));
   if (run.has_base && choices.some((c) => c.some(([n]) => n === -1))) rows.push({ name: "base", e: -1 });
   const shown = rows.slice(0, 40);
-  const means = run.frames.experts.map((_, e) => frames.series(e, -1).map(Math.abs));
+  const means = run.frames.experts.map((_, e) => frames.at.map((_, f) => Math.abs(frames.mean("coefficients", f, e))));
   const heaviest = Math.max(1e-9, ...means.map((m) => m.reduce((a, b) => Math.max(a, b), 0)));
   function share(f, e) {
     if (e < 0) return 0;
@@ -629,13 +632,15 @@ function matrix(run) {
     const full = step >= 8 ? width : left + 4 + 8 * experts.length, w = step >= 8 ? step : 8;
     const height = top + size * clip.layers + 4;
     const root = svg("svg", { viewBox: `0 0 ${full} ${height}`, height, role: "img", "aria-label": `Layers × experts of ${run.name} at the chosen iteration`, style: full > width ? { width: `${full}px` } : {} });
+    const everyColumn = Math.ceil(11 / w), everyRow = Math.ceil(11 / size); // of the names, where they would overlap
     experts.forEach((e, k) => {
+      if (k % everyColumn) return;
       const x = left + k * w + w / 2 + 4;
       root.append(svg("text", { x, y: top - 6, transform: `rotate(-90 ${x} ${top - 6})`, style: { fill: "var(--soft)" } }, shorten(run.frames.experts[e], 14)));
     });
     cells = [];
     for (let l = 0; l < clip.layers; l++) {
-      root.append(svg("text", { x: left - 7, y: top + l * size + size / 2 + 4, "text-anchor": "end" }, shorten(run.frames.layers[l], letters)));
+      if (l % everyRow === 0) root.append(svg("text", { x: left - 7, y: top + l * size + size / 2 + 4, "text-anchor": "end" }, shorten(run.frames.layers[l], letters)));
       experts.forEach((e, k) => {
         const rect = svg("rect", { x: r1(left + k * w), y: r1(top + l * size), width: r1(w - 1), height: r1(size - 1), rx: 1.5 });
         const dot = frames.scores ? svg("circle", { cx: r1(left + k * w + (w - 1) / 2), cy: r1(top + l * size + (size - 1) / 2), r: Math.min(2.6, w / 4), "pointer-events": "none" }) : null;

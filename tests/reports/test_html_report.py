@@ -144,6 +144,9 @@ def test_long_runs_are_thinned_and_the_page_is_small():
     assert len(at) * 24 * 25 * 2 <= 300_000
     assert max(np.diff(at)) - min(np.diff(at)) <= 1  # evenly spaced
     assert len(content["trace"]["value"]) == 801
+    assert content["frames"]["mean_iterations"] == list(range(801))
+    means = unpacked(content["frames"]["means"], (801, 24))
+    np.testing.assert_allclose(means, [np.mean(matrices[k % 7], axis=0) for k in range(801)], atol=1e-5)
     assert content["choices_note"] == "Dots of one record in 2."
     assert sum(map(len, content["choices"])) <= 12_000
 
