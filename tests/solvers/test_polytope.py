@@ -3,7 +3,7 @@ import json
 import cvxpy as cp
 import numpy as np
 import pytest
-from mergesolve.solvers import SOLVERS, OptionError, Polytope, constrain, make_domain, make_solver, solve
+from mergesolve.solvers import SOLVERS, OptionError, Polytope, constrain, make_domain, solve
 from mergesolve.solvers.bounded_sum import BoundedSum
 from mergesolve.solvers.cells import Cell
 from mergesolve.solvers.constraints import ConstraintError
@@ -122,6 +122,12 @@ def test_violation_is_that_of_the_constraints_that_touch_the_row(bound):
     moved[0, 2] = 0.15
     violation = domain.bind(EXPERTS, BLOCKS).violation(moved)
     np.testing.assert_allclose(violation, [0.05, 0.1, 0.3, 0.05], atol=1e-12)
+
+
+def test_blocks_that_are_coupled_move_together(bound):
+    assert bound("simplex", "group and order").cells(4).tolist() == [0, 1, 2, 3]
+    assert bound("simplex", "two blocks").cells(4).tolist() == [0, 1, 0, 2]
+    assert bound("simplex", "tied").cells(4).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("base", ["simplex", "box"])
@@ -252,7 +258,13 @@ def optimum():
     return quadratic, float(problem.value)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+SPECS = {name: name for name in SOLVERS} | {
+    f"block-frank-wolfe, {order}": {"name": "block-frank-wolfe", "order": order}
+    for order in ("cyclic", "random", "gap")
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_every_solver_that_takes_the_domain_obeys_it(name, optimum):
     quadratic, best = optimum
     problem = quadratic.problem(constrain("simplex", TEXTS))
@@ -262,7 +274,7 @@ def test_every_solver_that_takes_the_domain_obeys_it(name, optimum):
         monitored = lambda point, *a, original=original, **k: points.append(point) or original(point, *a, **k)  # noqa: E731
         setattr(problem, method, monitored)
     try:
-        result = solve(problem, name, start="nearest:average", max_iter=4, tol=0)
+        result = solve(problem, SPECS[name], start="nearest:average", max_iter=4, tol=0)
     except OptionError:
         assert name not in ("frank-wolfe", "projected-gradient", "adaptive", "point")
         return
@@ -271,7 +283,6 @@ def test_every_solver_that_takes_the_domain_obeys_it(name, optimum):
     assert max(problem.domain.violation(point).max() for point in points) <= 1e-9
     assert result.objective >= best - 1e-9
     assert result.gap >= result.objective - best - 1e-8
-    assert make_solver(name).describe()["name"] == name
 
 
 @pytest.mark.parametrize(("name", "limit"), [("frank-wolfe", 40), ("projected-gradient", 20)])
