@@ -169,6 +169,20 @@ def test_new_solver_example_finds_the_target():
     assert run(str(ROOT / "docs/examples/new_solver.py")).startswith("optimal")
 
 
+def test_entropy_trap_example_gets_surer_and_worse_and_distillation_does_not():
+    lines = run(str(ROOT / "docs/examples/entropy_trap.py")).splitlines()[1:]
+    accuracy, confidence, error, norm = (
+        {re.split(r"  +", line)[0]: float(line.split()[k]) for line in lines} for k in (-4, -3, -2, -1)
+    )
+    assert accuracy["entropy"] < accuracy["average"] - 20
+    assert confidence["entropy"] > confidence["average"] + 30
+    assert norm["entropy"] > 5 * norm["average"]
+    assert norm["entropy, logit_norm=5"] < norm["average"]
+    distilled = "distillation, 1000 mixed inputs"
+    assert accuracy[distilled] > accuracy["average"] - 5
+    assert error[distilled] == min(error.values())
+
+
 def test_federated_example_learns_more_by_solving_than_by_averaging():
     lines = run(str(ROOT / "docs/examples/federated.py")).splitlines()
     curves = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines}
