@@ -25,8 +25,8 @@ from mergesolve.solvers.instances import INSTANCES
 PAGE = Path(__file__).parents[1] / "docs" / "test-problems.md"
 TOLERANCE = 1e-8
 LOOSE = 1e-6
-MAX_ITER = 1000
-BY_VALUES = 100  # iterations of a solver that reads values only: each of them is many evaluations
+MAX_ITER = {"linear": 1000, "sublinear": 1000, "none": 300}  # by what is promised
+FEW = {"bayesian": 20}  # each of its iterations fits a model
 RUNNING = [name for name in SOLVERS if not name.startswith("released")]  # those compare checkpoints
 
 
@@ -62,15 +62,15 @@ def run(solver: str, name: str) -> Run | None:
             instance.problem(),
             made,
             start=instance.start,
-            max_iter=MAX_ITER if made.needs_scores else BY_VALUES,
+            max_iter=FEW.get(solver, MAX_ITER[made.promise]),
             tol=TOLERANCE,
         )
     except OptionError:
         return None
     certificates = [certified(line) for line in result.trace]
     left = float(result.stationarity if result.gap is None else result.gap)
-    if not made.needs_scores:
-        certificates[-1] = left  # only the answer is certified
+    if certificates[-1] == math.inf:  # only the answer is certified
+        certificates[-1] = left
     return Run(first(certificates, LOOSE), first(certificates, TOLERANCE), left, result)
 
 
@@ -142,9 +142,9 @@ def number(values: Iterable[float | None]) -> str:
     return f"{median(known):.3g}" if known else "–"
 
 
-def matrix(promise: str) -> str:
-    """Problems × solvers of one promise: iterations to a gap of 1e-6 / 1e-8."""
-    names = [name for name in RUNNING if SOLVERS[name].promise == promise]
+def matrix(promise: str, *, scores: bool = True) -> str:
+    """Problems × solvers of one promise, with or without gradients: iterations to a gap of 1e-6 / 1e-8."""
+    names = [name for name in RUNNING if SOLVERS[name].promise == promise and SOLVERS[name].needs_scores == scores]
     rows = []
     for problem in INSTANCES:
         runs = [run(solver, problem) for solver in names]
@@ -164,17 +164,15 @@ def have_peers() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("copt", "torchjd"))
 
 
-def write(sections: dict[str, str]) -> None:
-    """Put each section between its marks."""
+def write(name: str, content: str) -> None:
+    """Put a table between its marks."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, content in sections.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"{PAGE} has no marks for '{name}'.")
-        text = f"{before}{begin}{content}\n{end}{after}"
-    PAGE.write_text(text, encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{PAGE} has no marks for '{name}'.")
+    PAGE.write_text(f"{before}{begin}{content}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -187,15 +185,15 @@ def main() -> int:
         "linear": partial(matrix, "linear"),
         "sublinear": partial(matrix, "sublinear"),
         "none": partial(matrix, "none"),
+        "values": partial(matrix, "none", scores=False),
         "summary": summary,
         **({"peers": peer_tables} if have_peers() else {}),
     }
-    sections = {}
     for name, part in parts.items():
-        sections[name] = part()
-        print(f"{name}\n\n{sections[name]}\n", flush=True)
-    if options.write:
-        write(sections)
+        content = part()
+        print(f"{name}\n\n{content}\n", flush=True)
+        if options.write:
+            write(name, content)
     return 0
 
 

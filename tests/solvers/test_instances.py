@@ -1,8 +1,12 @@
 """The test problems are what they claim to be, by an independent oracle."""
 
+import re
+from pathlib import Path
+
 import cvxpy as cp
 import numpy as np
 import pytest
+from mergesolve.solvers import SOLVERS
 from mergesolve.solvers.instances import INSTANCES, PROPERTIES
 
 LINKS = {
@@ -16,6 +20,7 @@ CONSTRAINTS = {
     "capped": lambda domain, point: [point >= 0, cp.sum(point, axis=1) <= 1],
     "box": lambda domain, point: [point >= domain.lower, point <= domain.upper],
     "l1-ball": lambda domain, point: [cp.norm1(point[row, :]) <= domain.radius for row in range(point.shape[0])],
+    "polytope": lambda domain, point: [point >= 0, point <= 0.4, cp.sum(point, axis=1) == 1],
     "free": lambda domain, point: [],
 }
 
@@ -126,3 +131,21 @@ def test_the_optimum_of_a_coupled_block_depends_on_the_others():
             moved = instance.start.copy()
             moved[1:] = instance.minimizer[1:]
             assert np.abs(instance.function(moved)[1][0] - instance.function(instance.start)[1][0]).max() > 1e-4
+
+
+def section(name):
+    """The cells of the table between two marks of the page, row by row."""
+    page = (Path(__file__).parents[2] / "docs" / "test-problems.md").read_text(encoding="utf-8")
+    body = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", page, re.DOTALL)[1]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in body.splitlines()]
+
+
+@pytest.mark.parametrize("table", ["linear", "sublinear", "none", "values"])
+def test_the_page_has_every_solver_on_every_problem(table):
+    """If this fails, run `python benchmarks/test_problems.py --write`."""
+    head, _, *rows = section(table)
+    promise, scores = ("none", False) if table == "values" else (table, True)
+    running = {name: cls for name, cls in SOLVERS.items() if not name.startswith("released")}
+    assert head[1:] == [name for name, cls in running.items() if (cls.promise, cls.needs_scores) == (promise, scores)]
+    assert [row[0] for row in rows] == list(INSTANCES) == [row[0] for row in section("problems")[2:]]
+    assert [row[0] for row in section("summary")[2:]] == list(running)
