@@ -34,7 +34,7 @@ def test_a_front_is_written_with_a_run_a_preference_and_goes_on(two, run, tmp_pa
     assert front.losses[0, 0] < front.losses[2, 0] < front.losses[1, 0]
     middle = told["records"][2]["name"]
     assert read_run(f"front/{middle}").finished
-    assert run("materialize", f"front/{middle}").exit_code == 0
+    assert run("materialize", f"front/{middle}", "--out", "merged.safetensors").exit_code == 0
     (tmp_path / "front/front.json").unlink()
     (tmp_path / "front" / middle / "result.json").unlink()
     (tmp_path / "front" / middle / "checkpoint.safetensors").unlink()
