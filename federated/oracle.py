@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -460,6 +460,11 @@ class Reachable(Domain):
         return self.inner.has_base
 
     @property
+    def convex(self) -> bool:  # type: ignore[override]
+        """As the domain inside."""
+        return self.inner.convex
+
+    @property
     def name(self) -> str:
         """As the domain inside."""
         return self.inner.name
@@ -467,6 +472,20 @@ class Reachable(Domain):
     def describe(self) -> dict[str, Any]:
         """As the domain inside."""
         return self.inner.describe()
+
+    def bind(
+        self, experts: Sequence[str], rows: Sequence[str], layers: Mapping[str, Sequence[int] | Matrix] | None = None
+    ) -> Domain:
+        """The domain inside, bound, with the same oracle."""
+        return replace(self, inner=self.inner.bind(experts, rows, layers))
+
+    def cells(self, rows: int) -> Matrix:
+        """As the domain inside."""
+        return self.inner.cells(rows)
+
+    def breach(self, point: Matrix, row: int) -> str:
+        """As the domain inside."""
+        return self.inner.breach(point, row)
 
     def project(self, point: Matrix) -> Matrix:
         """As the domain inside."""

@@ -7,7 +7,7 @@ from mergesolve.federated import FederationError
 from mergesolve.federated.oracle import NEVER, LocalScorer, RemotePool, RemoteProblem, federated_frank_wolfe
 from mergesolve.objectives import CrossEntropy, ModuleModel, Task
 from mergesolve.pools import Pool
-from mergesolve.solvers import Problem, SoftFrankWolfe, solve
+from mergesolve.solvers import OptionError, Polytope, Problem, SoftFrankWolfe, Sparse, solve
 from torch import nn
 
 RULES = [
@@ -354,6 +354,22 @@ def test_a_lost_client_is_never_chosen_and_leaves_the_certificate_alone(federati
         inner = problem.domain.inner
         assert problem.domain.gap(full, scores) == pytest.approx(inner.gap(point, flipped), rel=1e-12)
         assert problem.domain.stationarity(full, scores) == pytest.approx(inner.stationarity(point, flipped), rel=1e-12)
+
+
+def test_a_domain_stays_what_it_is_when_its_oracle_fetches(federation):
+    anchor, models, objective = federation
+    pool = RemotePool(anchor, clients(anchor, models))
+    sparse = RemoteProblem(pool, objective, "layer", Sparse(2, "capped"))
+    assert not sparse.domain.convex
+    with pytest.raises(OptionError, match="not convex"):
+        solve(sparse, "frank-wolfe", start="base", max_iter=1)
+    tied = RemoteProblem(pool, objective, "layer", Polytope("capped", ["ada == same", "bea <= 0.1"]))
+    assert set(tied.domain.cells(tied.rows)) == {0}
+    point = np.zeros((tied.rows, 5))
+    point[0, 1] = 0.5
+    assert "it breaks 'bea <= 0.1'" in tied.domain.breach(point, 0)
+    with pytest.raises(OptionError, match="unknown expert 'ada'"):
+        tied.domain.bind(("bea", "cyd", "dov", "eve"), tied.row_names)
 
 
 @pytest.mark.parametrize("options", [{"scores": 0}, {"uploads": 0}])
