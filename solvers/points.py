@@ -89,6 +89,7 @@ class Scan(Solver):
     scales: Any = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
     source: ClassVar[str] = "Ilharco et al. (2023)"
     needs_scores: ClassVar[bool] = False
+    compares_values: ClassVar[bool] = True
     may_rest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

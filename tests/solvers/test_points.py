@@ -33,6 +33,11 @@ def test_scan_goes_through_the_whole_grid_also_from_a_point_of_it(merge):
     assert (result.status, result.nit) == ("stalled", 3)
 
 
+def test_scan_refuses_minibatches_whose_values_do_not_compare(merge):
+    with pytest.raises(OptionError, match=r"Scan compares values of different iterations.*Leave out .*batch_size"):
+        solve(merge("model", "free", stochastic=True), Scan(scales=(0.1, 0.3)), start="base")
+
+
 def test_scan_refuses_scales_outside_the_domain(merge):
     with pytest.raises(OptionError, match=r"scale 0.5 of the scan is outside the domain 'capped'"):
         solve(merge("model", "capped"), Scan(scales=(0.1, 0.5)), start="base")
