@@ -107,6 +107,7 @@ many_flags = _apply(
             metavar="TEXT",
             help="A bound: 'chess <= 0.3' (that task's loss), or 'retention <= 0.02' (another objective).",
         ),
+        click.option("--rounds", type=int, metavar="N", help="Of a bound: updates of its price at most (default 8)."),
     ]
 )
 
@@ -245,6 +246,8 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
         from .many import bound_fields
 
         over["subject_to"] = bound_fields(flags["subject_to"])
+    if flags.get("rounds") is not None:
+        over["subject_to"] = {**over.get("subject_to", {}), "rounds": flags["rounds"]}
     if flags.get("blocks"):
         blocks = flags["blocks"]
         over["blocks"] = blocks[0] if len(blocks) == 1 and blocks[0].isalpha() else list(blocks)

@@ -263,6 +263,8 @@ def report(outcome: Outcome, *, as_json: bool, quiet: bool) -> int:
     """Print the summary; returns the exit code."""
     result = outcome.result
     more = "--run NEW --start run:{folder}" if outcome.setup.solver.scheduled else "--resume {folder} --max-iter N"
+    if outcome.recipe.subject_to is not None:
+        more = "--resume {folder} --rounds N"
     remedy = {
         "max_iter": f"more iterations: {more}",
         "time_limit": "more time: --resume {folder} --time-limit SECONDS",

@@ -81,8 +81,11 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
             raise UsageProblem(
                 f"run '{resume}' has ended as optimal, so there is nothing to resume. Give a smaller --tol."
             )
-        if ended in ("max_iter", "time_limit") and not limits:
-            flag = "--max-iter" if ended == "max_iter" else "--time-limit"
+        if flags["rounds"] is not None and plan.subject_to is None:
+            raise UsageProblem(f"run '{resume}' has no bound (subject_to), so it has no rounds. Leave out --rounds.")
+        if ended in ("max_iter", "time_limit") and not limits and flags["rounds"] is None:
+            more = "--max-iter" if plan.subject_to is None else "--rounds"
+            flag = more if ended == "max_iter" else "--time-limit"
             if ended == "time_limit" or not make_solver(plan.solver.plain()).scheduled:
                 raise UsageProblem(
                     f"run '{resume}' used up its {ended.replace('_', ' ')}. Give a larger {flag} to go on."
@@ -93,6 +96,8 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
                 f"run '{resume}': the steps of '{plan.solver.name}' follow a schedule over max_iter={plan.max_iter}, "
                 f"so a resumed run keeps it. For more iterations start a new run from this one: --start run:{resume}"
             )
+        if flags["rounds"] is not None and plan.subject_to is not None:
+            limits["subject_to"] = replace(plan.subject_to, rounds=flags["rounds"])
         plan = replace(plan, **limits)
     else:
         plan = recipe_from(flags, recipe)
@@ -103,7 +108,7 @@ def command(recipe: str | None, resume: str | None, **flags: Any) -> int:
 
 def _refuse_beside_resume(recipe: str | None, run_folder: str | None, flags: dict[str, Any]) -> None:
     """A resumed run is the run that it was: only its limits may change."""
-    allowed = ("max_iter", "tol", "rtol", "time_limit")
+    allowed = ("max_iter", "tol", "rtol", "time_limit", "rounds")
     given = [name for name, value in flags.items() if value not in (None, (), False) and name not in allowed]
     if recipe is not None:
         given.append("RECIPE")
@@ -113,6 +118,6 @@ def _refuse_beside_resume(recipe: str | None, run_folder: str | None, flags: dic
         named = ", ".join(name if name[0] in "-R" else f"--{name.replace('_', '-')}" for name in given)
         raise UsageProblem(
             f"--resume goes on with the recipe in the run folder, so {named} cannot be given with it. "
-            "Only --max-iter, --tol, --rtol and --time-limit may change; for anything else start a new run, "
+            "Only --max-iter, --tol, --rtol, --time-limit and --rounds may change; for anything else start a new run, "
             "for example with --start run:FOLDER."
         )

@@ -51,6 +51,11 @@ def test_a_bounded_run_is_resumed_where_it_was(tiny, run):
     resumed = run("solve", "--resume", "part", "--time-limit", 1000, "--json", "--no-merge", "--no-figures")
     assert resumed.exit_code == 0, resumed.stderr
     np.testing.assert_array_equal(Result.load("part").coefficients, Result.load("whole").coefficients)
+    assert "Give a larger --rounds" in run("solve", "--resume", "part").stderr
+    more = run("solve", "--resume", "part", "--rounds", 3, "--json", "--no-merge", "--no-figures")
+    assert more.exit_code == 0, more.stderr
+    assert len(ConstrainedResult.load("part").history) == 3
+    assert "--resume part --rounds N" in more.stderr
 
 
 def test_the_worst_task_is_minimized_smoothed_or_as_it_is(tiny, run):
