@@ -178,6 +178,7 @@ def write(name: str, content: str) -> None:
 def main() -> int:
     """Print, and write on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="which ones; default: all")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     options = parser.parse_args()
     parts: dict[str, Callable[[], str]] = {
@@ -189,8 +190,11 @@ def main() -> int:
         "summary": summary,
         **({"peers": peer_tables} if have_peers() else {}),
     }
-    for name, part in parts.items():
-        content = part()
+    unknown = set(options.tables) - set(parts)
+    if unknown:
+        parser.error(f"no table {min(unknown)!r}; there are {', '.join(parts)}")
+    for name in options.tables or parts:
+        content = parts[name]()
         print(f"{name}\n\n{content}\n", flush=True)
         if options.write:
             write(name, content)
