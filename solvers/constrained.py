@@ -172,7 +172,8 @@ def solve_constrained(
 
     solver, start, time_limit (of all rounds), callback, checkpoint_every: as for :func:`.solve`. rounds: outer
     iterations, max_iter: iterations of the solver in each, which starts where the last one ended. multiplier: μ ≥ 0
-    to start from, as an earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start, so that the iterates
+    to start from, as an earlier result has it. penalty: ρ > 0 to start from; None: |f| / max(|g|, |ε|)² at the start,
+    so that the iterates
     do not depend on the units of f and g. factor: by which ρ grows where max(g − ε, −μ/ρ) kept its sign and did not
     fall to a quarter; None: 10, and 1 on minibatches, whose noise it would multiply.
 
