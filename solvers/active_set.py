@@ -7,8 +7,9 @@ from. A vertex V_k is one choice for *all* rows at once, so a step is limited by
 weight of any row, and the linear rates hold with the geometry of the product. It is kept as the domain's key (an
 index a row: 70 000 rows of 24 experts take 70 kB a vertex), weights in float64, both in the state's memory.
 
-A start where all rows are equal (average, base, expert, task arithmetic inside the hull) is decomposed into its
-experts exactly; any other start is one more atom, kept whole until its weight is gone.
+A start of one row is decomposed into its experts exactly, and so is a vertex of more rows (base, one expert). Any other
+start is an atom of its own until its weight is gone: the average of n experts over many rows would be n vertices that
+have the same expert in all rows, each to be taken away in a step of its own.
 Source: Lacoste-Julien and Jaggi (2015), On the Global Linear Convergence of Frank-Wolfe Optimization Variants.
 """
 
@@ -48,10 +49,11 @@ class ActiveSet:
 
     @classmethod
     def begin(cls, domain: Domain, point: Array, *, split: bool = True) -> ActiveSet:
-        """Return the set whose combination is ``point`` [rows, n]; split: into experts where all rows are equal."""
+        """Return the set whose combination is ``point`` [rows, n]; split: one row into its experts."""
         rows, n = point.shape
         like = compact(domain.atom(np.zeros((rows, n))), n)
-        if split and domain.has_vertices and (point == point[0]).all():
+        whole = rows > 1 and not np.isin(point, (0.0, 1.0)).all()
+        if split and domain.has_vertices and not whole and (point == point[0]).all():
             chosen = np.flatnonzero(point[0])
             weights = point[0, chosen]
             rest = 1.0 - weights.sum()
