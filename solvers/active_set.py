@@ -189,7 +189,14 @@ class ActiveSetSolver(Solver):
         direction = target - origin
         if not np.any(direction) or limit <= 0:
             return Step(state, 0.0, extra={**extra, "active": before, "kind": choice.kind})
-        line, size = seek(self.step_rule, problem, State(point, memory), evaluation, direction, limit, clock.iteration)
+        slope = float(np.sum(direction * scores))
+        noise = problem.resolution * abs(evaluation.value)
+        if loses is not None and limit**2 <= problem.resolution and -slope * limit <= noise:
+            line, size = problem.line(point, direction), limit  # no value can tell what so little weight is worth
+        else:
+            line, size = seek(
+                self.step_rule, problem, State(point, memory), evaluation, direction, limit, clock.iteration
+            )
         if size <= 0:
             return Step(state, 0.0, extra={**extra, "active": before, "kind": choice.kind})
         moved = active.weighted(shifted(active.weights, gains, loses, size, exhausts=size >= limit))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mergesolve.solvers import STEP_RULES, OptionError, make_domain, make_solver, solve
+from mergesolve.solvers import STEP_RULES, FunctionProblem, OptionError, make_domain, make_solver, solve
 from mergesolve.solvers.active_set import ActiveSet, highest, longest, shifted
 from mergesolve.solvers.domains import BASE, START
 from mergesolve.solvers.loop import iterate
@@ -180,3 +180,17 @@ def test_an_iteration_costs_one_gradient_and_what_the_rule_asks(variant, merge):
     assert problem.counts.gradients == problem.counts.correlates == 5 + 1 + 1  # one an iterate, and the certificate
     assert problem.counts.evaluations == 0
     assert problem.counts.combines <= 5 + 2  # a line an iteration, whose end is the next iterate; start and certificate
+
+
+@pytest.mark.parametrize("variant", ["away-frank-wolfe", "pairwise-frank-wolfe"])
+def test_a_weight_too_small_for_values_to_see_is_taken_without_a_search(variant):
+    """With values good to 1e-6, 1e-5 of the weight on a bad expert changes nothing that a line search could find."""
+
+    def function(point):
+        return 1.0 + 1e-2 * float(point[0, 2]), np.array([[0.0, 0.0, 1e-2]])
+
+    problem = FunctionProblem(function, 1, 3, "simplex", resolution=1e-6)
+    start = np.array([[0.5, 0.5 - 1e-5, 1e-5]])
+    step = visits(problem, {"name": variant, "step_rule": "line-search"}, start, iterations=1)[0].step
+    assert step.state.coefficients[0, 2] == 0
+    assert problem.counts.evaluations == 0
