@@ -179,7 +179,7 @@ def pareto_front(
     ideal = np.array([solved[t][1].tasks[task] for t, task in enumerate(problem.tasks)])
     levels = dict(zip(problem.tasks, ideal.tolist(), strict=True))
     for row in interior:
-        spec = {"name": plan.method, "preferences": dict(zip(problem.tasks, row.tolist(), strict=True))}
+        spec: dict[str, Any] = {"name": plan.method, "preferences": dict(zip(problem.tasks, row.tolist(), strict=True))}
         if plan.method == "chebyshev":
             spec.update(ideal=levels, smoothing=plan.smoothing / tasks)  # in the units of w_t (f_t − z_t), with Σ w = 1
         one(row, spec)
@@ -406,9 +406,9 @@ def preference_name(row: Array, tasks: Sequence[str]) -> str:
 
 def nondominated(losses: Array) -> Array:
     """Return which rows of ``losses`` [K, T] no other row dominates; of equal rows all are kept."""
-    no_worse = (losses[:, None, :] <= losses[None, :, :]).all(axis=2)
-    better = (losses[:, None, :] < losses[None, :, :]).any(axis=2)
-    found: Array = ~(no_worse & better).any(axis=0)
+    no_worse = np.all(losses[:, None, :] <= losses[None, :, :], axis=2)
+    better = np.any(losses[:, None, :] < losses[None, :, :], axis=2)
+    found: Array = ~np.any(no_worse & better, axis=0)
     return found
 
 
@@ -430,7 +430,7 @@ def hypervolume(
     hits, step = 0, 10_000
     for begin in range(0, samples, step):
         drawn = rng.uniform(low, reference, size=(min(step, samples - begin), len(reference)))
-        hits += int((drawn[:, None, :] >= inside[None]).all(axis=2).any(axis=1).sum())
+        hits += int(np.any(np.all(drawn[:, None, :] >= inside[None], axis=2), axis=1).sum())
     share, box = hits / samples, float(np.prod(reference - low))
     return share * box, box * math.sqrt(share * (1 - share) / samples)
 

@@ -169,7 +169,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_iter": 800,
     },
     "unlabeled": {
-        "summary": "What closes most of the gap to the experts without a label: rows × distillation, free, Adam at 0.05",
+        "summary": "Closes most of the gap to the experts, without a label: rows × distillation, free domain",
         "objective": {"name": "distillation", "batch_size": 16},
         "blocks": "row",
         "domain": "free",
@@ -178,7 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_iter": 600,
     },
     "few-shot": {
-        "summary": "What closes most of it from about 100 images a task: the same on mixtures of them, 2000 in all",
+        "summary": "Closes most of the gap from 100 images a task: the same on mixtures of them, 2000 in all",
         "objective": {"name": "distillation", "batch_size": 16},
         "mixed": 2000,
         "blocks": "row",
