@@ -200,7 +200,8 @@ def min_norm(points: Array) -> Array:
         return np.full(tasks, 1 / tasks)
     x: Any = points / scale
     if x.shape[1] > tasks:
-        x = np.asarray(np.linalg.qr(x.T, mode="r")).T  # a rotation: inner products stay, and there are at most T coordinates
+        # A rotation: inner products stay, and there are at most T coordinates.
+        x = np.asarray(np.linalg.qr(x.T, mode="r")).T
     corral = [int(np.argmin(np.sum(x**2, axis=1)))]
     shares = np.ones(1)
     for _ in range(100 * tasks):
