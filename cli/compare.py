@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,15 @@ def command(
         raise UsageProblem("compare needs two runs or more; `mergesolve trace` shows one.")
     if marks and count:
         raise UsageProblem("--at names the marks and --marks counts them. Leave out one.")
+    for mark in marks:
+        if not 0 <= mark < math.inf:
+            raise UsageProblem(
+                f"--at {mark:g}: marks count from 0, where every run starts. Give a number of at least 0."
+            )
     if figure_file and Path(figure_file).suffix.lower() not in FORMATS:
         raise UsageProblem(f"--figure '{figure_file}': name a file that ends in {', '.join(FORMATS)}.")
+    if figure_file and not Path(figure_file).parent.is_dir():
+        raise UsageProblem(f"--figure '{figure_file}': there is no folder '{Path(figure_file).parent}'. Make it first.")
     read = read_runs(runs)
     aligned = align(read, by, marks or (default_marks(read, by, count) if count else None))
     for sentence in differences(read):
@@ -110,6 +118,13 @@ def _number(value: float | None) -> str:
     return number(value)
 
 
+def _place(mark: float, by: str) -> str:
+    """A mark as it was given; seconds in tenths, or finer where these say nothing."""
+    if by == "seconds":
+        return f"{mark:.1f}" if mark == 0 or mark >= 1 else f"{mark:.2g}"
+    return f"{mark:.0f}" if float(mark).is_integer() else f"{mark:.12g}"
+
+
 def _marks_table(aligned: Alignment) -> Any:
     """Marks × runs: value, gap (stationarity on a free domain), distance to the first run."""
     from ..reports.tables import listing
@@ -120,7 +135,7 @@ def _marks_table(aligned: Alignment) -> Any:
         header += ["distance"] if k and aligned.distance else []
     rows = []
     for mark, line in zip(aligned.marks, aligned.states, strict=True):
-        cells = [f"{mark:.1f}" if aligned.by == "seconds" else f"{mark:.0f}"]
+        cells = [_place(mark, aligned.by)]
         for k, (run, state) in enumerate(zip(aligned.runs, line, strict=True)):
             if state is None:
                 cells += [DASH, DASH]
@@ -143,8 +158,7 @@ def _tasks_table(aligned: Alignment) -> Any | None:
     if len(names) < 2:
         return None
     rows = [[name, *(_number(losses.get(name)) for losses in last)] for name in names]
-    mark = f"{aligned.marks[-1]:.1f}" if aligned.by == "seconds" else f"{aligned.marks[-1]:.0f}"
-    header = [f"loss at {aligned.by} {mark}", *(run.name for run in aligned.runs)]
+    header = [f"loss at {aligned.by} {_place(aligned.marks[-1], aligned.by)}", *(run.name for run in aligned.runs)]
     return listing(header, rows, numeric=range(1, len(header)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,11 @@ class Run:
 
     @property
     def free(self) -> bool:
-        """Whether the domain is all of space, so that there is no Frank-Wolfe gap."""
+        """Whether the domain is all of space, or constraints that leave it unbounded: there is no Frank-Wolfe gap."""
         domain = self.header.get("domain") or (self.result or {}).get("domain") or {}
+        if isinstance(domain, dict) and isinstance(domain.get("domain"), dict):  # constraints within another domain
+            known = any(record.get("gap") is not None for record in self.records)
+            return domain["domain"].get("name") == "free" and not known
         return (domain.get("name") if isinstance(domain, dict) else domain) == "free"
 
     @property
@@ -160,12 +163,20 @@ def read_run(folder: str | Path, *, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """Read several runs; runs whose folders have one name are told apart by their parent folders."""
+    """Read several runs, each under a name of its own: that of its folder, with as many parents as it takes to tell
+    the runs apart; one that is given again counts on, as in 'run (2)'.
+    """
     runs = [read_run(folder) for folder in folders]
-    names = [run.name for run in runs]
-    if len(set(names)) == len(names):
+    if len({run.name for run in runs}) == len(runs):
         return runs
-    return [read_run(run.folder, name="/".join(run.folder.resolve().parts[-2:])) for run in runs if run.folder]
+    places = [run.folder.resolve().parts for run in runs if run.folder]
+    depth = 1
+    while len({place[-depth:] for place in places}) < len(set(places)):
+        depth += 1
+    again = [places[:k].count(place) + 1 for k, place in enumerate(places)]
+    names = ["/".join(place[-depth:]) for place in places]
+    names = [name + (f" ({count})" if count > 1 else "") for name, count in zip(names, again, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -44,12 +44,27 @@ def test_tables_and_figure(solved, other, run):
     assert "objective" in Path("both.svg").read_text()
 
 
+def test_a_run_beside_itself_is_two_runs(solved, run):
+    found = json.loads(run("compare", solved, solved, "--at", 1, "--json").stdout)
+    assert found["runs"] == ["run", "run (2)"]
+    assert list(found["marks"][0]["states"]) == found["runs"]
+
+
+def test_a_mark_is_shown_as_it_was_given(solved, other, run):
+    result = run("compare", solved, other, "--at", 2.5)
+    assert "loss at iteration 2.5" in result.stdout
+    assert "loss at seconds 0.004" in run("compare", solved, other, "--by", "seconds", "--at", 0.004).stdout
+
+
 def test_mistakes_are_told_in_one_line(solved, other, run):
     for arguments, message in (
         ((solved,), "two runs or more"),
         ((solved, other, "--by", "sample"), "Did you mean 'samples'?"),
         ((solved, other, "--at", 1, "--marks", 3), "Leave out one"),
         ((solved, other, "--figure", "a.txt"), "ends in .png"),
+        ((solved, other, "--figure", "none/a.png"), "there is no folder 'none'"),
+        ((solved, other, "--at", "nan"), "Give a number of at least 0"),
+        ((solved, other, "--at", "-1"), "Give a number of at least 0"),
         ((solved, "nowhere"), "there is no such folder"),
     ):
         result = run("compare", *arguments)

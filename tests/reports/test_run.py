@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from mergesolve.reports import RunError, read_run, read_runs
+from mergesolve.reports import Run, RunError, read_run, read_runs
 
 
 def test_a_finished_run_is_read_completely(write_run):
@@ -109,3 +109,16 @@ def test_coefficients_of_another_shape_than_the_header_are_refused(write_run):
 def test_runs_of_one_name_are_told_apart_by_their_parents(write_run):
     runs = read_runs([write_run("x/run"), write_run("y/run", seed=1)])
     assert [run.name for run in runs] == ["x/run", "y/run"]
+
+
+def test_as_many_parents_as_it_takes_and_one_that_is_given_again_counts_on(write_run):
+    first, second = write_run("a/x/run"), write_run("b/x/run")
+    assert [run.name for run in read_runs([first, second])] == ["a/x/run", "b/x/run"]
+    assert [run.name for run in read_runs([first, first])] == ["run", "run (2)"]
+    assert [run.name for run in read_runs([first, second, first])] == ["a/x/run", "b/x/run", "a/x/run (2)"]
+
+
+@pytest.mark.parametrize(("base", "gap", "free"), [("free", None, True), ("free", 0.5, False), ("capped", None, False)])
+def test_constraints_within_the_free_domain_are_free_where_no_gap_is_known(base, gap, free):
+    header = {"domain": {"name": "polytope", "domain": {"name": base}}}
+    assert Run("r", None, ("a",), ("l",), ({"gap": gap},), header).free is free
