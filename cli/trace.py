@@ -57,7 +57,10 @@ def command(
     from ..reports.traces import LONG, Condition, export, long, pick, select, wide
     from .console import note, print_json, show
 
-    if as_long and columns:
+    patterns = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    if patterns is not None and not patterns:
+        raise UsageProblem(f"--columns '{columns}' names no column; give some, such as 'iteration,value,tasks.*'.")
+    if as_long and patterns:
         raise UsageProblem(f"--long has the columns {', '.join(LONG)}; --columns cannot change them. Leave out one.")
     read = read_run(run)
     every_column = wide(read, experts=experts, layers=layers)
@@ -65,8 +68,7 @@ def command(
     rows = select(every_column, first=first, last=last, every=every or 1, conditions=conditions)
     if as_long:
         shown, names = long(read, rows, experts=experts, layers=layers), list(LONG)
-    elif columns:
-        patterns = [name.strip() for name in columns.split(",") if name.strip()]
+    elif patterns:
         names = [name for row in pick(every_column[:1], patterns) for name in row]
         shown = [{name: row[name] for name in names} for row in rows]
     elif out or as_json:
@@ -75,6 +77,8 @@ def command(
     else:
         names = _default_columns(every_column, experts, layers)
         shown = [{name: row[name] for name in names} for row in rows]
+    if every_column and not rows:
+        note(f"none of the {len(every_column)} iterations is asked for: --from, --to, --every and --where leave none")
     if out:
         export(shown, names, Path(out))
         note(f"{out}: {len(shown)} rows, {len(names)} columns")

@@ -39,6 +39,8 @@ def test_mistakes_are_told_in_one_line(solved, run):
     for flags, message in (
         (["--where", "gap"], "expected COLUMN OP VALUE"),
         (["--columns", "nothing"], "no column 'nothing'"),
+        (["--columns", " , "], "names no column"),
+        (["--columns", ""], "names no column"),
         (["--expert", "nobody"], "no expert 'nobody'"),
         (["--long", "--columns", "gap"], "--columns cannot change them"),
         (["--out", "a.xlsx"], "ends in .csv"),
@@ -48,6 +50,12 @@ def test_mistakes_are_told_in_one_line(solved, run):
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
     assert "there is no such folder" in run("trace", "nowhere").stderr
+
+
+def test_where_nothing_is_left_it_says_so(solved, run):
+    shown = run("trace", solved, "--from", 99, "--json")
+    assert (shown.exit_code, json.loads(shown.stdout)) == (0, [])
+    assert "leave none" in shown.stderr
 
 
 def test_a_long_trace_is_thinned_on_the_terminal_and_says_so(run):
