@@ -17,6 +17,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 POINTS = "base, average, expert:NAME, task-arithmetic:0.3, run:FOLDER or run:FOLDER@ITERATION"
 
 
+def _no_file(context: click.Context, option: click.Parameter, out: str | None) -> str | None:
+    """Refuse a folder that is a file, or lies in one, before anything is computed."""
+    if out is not None:
+        there = next(place for place in (Path(out), *Path(out).parents) if place.exists())
+        if not there.is_dir():
+            raise UsageProblem(f"--out '{out}': '{there}' is a file. Name a folder.")
+    return out
+
+
 def survey_flags(function: F) -> F:
     """The flags that every command here has."""
     options = [
@@ -30,7 +39,9 @@ def survey_flags(function: F) -> F:
         click.option("--limit", type=int, metavar="N", help="Use at most N samples a task, class-balanced."),
         click.option("--seed", type=int, metavar="N", help="Decides which samples --limit takes (0)."),
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe."),
-        click.option("--out", metavar="FOLDER", help="Write the numbers as JSON, and figures as PNG and SVG."),
+        click.option(
+            "--out", metavar="FOLDER", callback=_no_file, help="Write the numbers as JSON, and figures as PNG and SVG."
+        ),
         json_flag,
     ]
     for option in reversed(options):
@@ -465,8 +476,6 @@ def _tell(
         from ..solvers.files import write_json
 
         folder = Path(out)
-        if folder.exists() and not folder.is_dir():
-            raise UsageProblem(f"--out '{out}' is a file. Name a folder.")
         for name, draw in figures.items():
             written += save_landscape(draw, folder, name)
             write_json(folder / f"{name}.json", report)

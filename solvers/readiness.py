@@ -19,6 +19,7 @@ another basin; noise around a sound expert has none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -138,13 +139,16 @@ def check_pool(
     """Check a pool: one pass without data, and with a problem over it, about ``grid`` forward passes an expert.
 
     bound: indices of experts -> the terms of Proposition 1 (`Evidence.bound`). thresholds: other values for some of
-    THRESHOLDS. Raises OptionError for thresholds that do not exist.
+    THRESHOLDS. Raises OptionError for thresholds that do not exist or are negative.
     """
     from ..pools import inspect
 
     limits = {**THRESHOLDS, **(thresholds or {})}
     if unknown := sorted(limits.keys() - THRESHOLDS.keys()):
         raise OptionError(f"There is no threshold {unknown[0]!r}. Known: {', '.join(THRESHOLDS)}.")
+    for name, limit in limits.items():
+        if not 0 <= limit < math.inf:
+            raise OptionError(f"The threshold {name!r} must be a number of at least 0. Got {limit:g} instead.")
     found = report or inspect(pool)
     checked = _without_data(found, limits)
     checked.thresholds = limits

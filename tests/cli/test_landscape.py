@@ -133,6 +133,14 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(
     assert not Path("out").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_is_read(run: Run) -> None:
+    Path("taken").write_text("")
+    for out in ("taken", "taken/deeper"):
+        result = run("landscape", "segment", "base", "average", "--recipe", "nowhere.yaml", "--out", out)
+        assert result.exit_code == 2
+        assert "'taken' is a file. Name a folder." in result.stderr
+
+
 def test_iterates_that_are_not_there_and_other_pools_are_refused(run: Run, solved: Path, tiny: Path) -> None:
     result = run("landscape", "segment", f"run:{solved}@999", "base")
     assert result.exit_code == 2

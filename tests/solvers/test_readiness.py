@@ -198,6 +198,9 @@ def test_strangers_alone_are_measured_all_the_same():
 def test_unknown_thresholds_are_refused_and_verdicts_are_ordered():
     with pytest.raises(OptionError, match="no threshold 'barier'"):
         check(make_pool(), thresholds={"barier": 1})
+    for limit in (float("nan"), float("inf"), -0.1):
+        with pytest.raises(OptionError, match="'similar' must be a number of at least 0"):
+            check(make_pool(), thresholds={"similar": limit})
     assert worst(["go", "no-go", "caution"]) == "no-go"
     assert worst([]) == "go"
     assert set(THRESHOLDS) == {"norm_ratio", "similar", "barrier_caution", "barrier_no_go"}
