@@ -29,7 +29,7 @@ from .domains import Domain
 from .driver import solve
 from .errors import check_choice, check_number
 from .files import write_arrays
-from .points import Point
+from .points import Point, start_point
 from .problem import Problem
 from .result import Result
 
@@ -115,6 +115,9 @@ def concrete_merge(
     options = options or Concrete()
     began = time.monotonic()
     path = Path(mask_file)
+    start = f"task-arithmetic:{options.scale}"
+    before = Problem(pool, objective, blocks, domain)  # found out now, and not after the mask is learned
+    before.check(start_point(before, start), "the starting point")
     learner = MaskLearner(pool, objective, blocks, options)
     losses = []
     for iteration in range(options.iterations):
@@ -129,7 +132,7 @@ def concrete_merge(
     result = solve(
         Problem(masked, objective, blocks, domain),
         AdaptiveGradient(lr=options.merge_lr) if options.adapt else Point(),
-        start=f"task-arithmetic:{options.scale}",
+        start=start,
         max_iter=options.merge_iterations if options.adapt else 0,
     )
     gradients = learner.gradients + result.counts["gradients"]

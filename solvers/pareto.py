@@ -155,6 +155,7 @@ def pareto_front(
     plan = Plan() if plan is None else plan
     tasks = len(problem.tasks)
     weights = preference_grid(preferences, tasks)
+    check_reference(reference, problem.tasks)
     folder = Path(run) if run is not None else None
     if resume and folder is None:
         raise OptionError("resume=True needs run=FOLDER, the folder of the front to go on with.")
@@ -284,6 +285,8 @@ def surrogate_front(
     gradients and one value a point, whatever the number of preferences. Raises OptionError as `fit_surrogate` does.
     """
     plan = Plan() if plan is None else plan
+    preferences = preference_grid(preferences, len(problem.tasks))
+    check_reference(reference, problem.tasks)
 
     def fitting(done: int, total: int) -> None:
         if progress is not None:
@@ -339,8 +342,6 @@ def make_front(
     best, worst = np.minimum(ideal, losses.min(axis=0)), losses.max(axis=0)
     point = best + MARGIN * (worst - best)
     for task, level in (reference or {}).items():
-        if task not in problem.tasks:
-            raise OptionError(f"The reference names '{task}', which is no task. Tasks: {', '.join(problem.tasks)}.")
         point[problem.tasks.index(task)] = float(level)
     volume, error = hypervolume(losses, point, seed=seed)
     return Front(
@@ -355,6 +356,17 @@ def make_front(
         volume,
         error,
     )
+
+
+def check_reference(reference: Mapping[str, float] | None, tasks: Sequence[str]) -> None:
+    """Raise OptionError, before anything is solved, for a reference that is not of these tasks or not finite."""
+    for task, level in (reference or {}).items():
+        if task not in tasks:
+            raise OptionError(f"The reference names '{task}', which is no task. Tasks: {', '.join(tasks)}.")
+        if not math.isfinite(level):
+            raise OptionError(
+                f"The reference of the hypervolume must be a finite loss for each task. Got {level!r} for '{task}'."
+            )
 
 
 def preference_grid(preferences: Array | int | None, tasks: int) -> Array:

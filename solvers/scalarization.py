@@ -188,10 +188,13 @@ class Scalarized(MatrixProblem):
         self.counts = parent.counts
         price = getattr(getattr(parent, "objective", None), "constraint_task", None)
         self.priced = [k for k, task in enumerate(self.tasks) if task == price]
-        self.chosen = [k for k, task in enumerate(self.tasks) if task != price]
-        names = [self.tasks[k] for k in self.chosen]
-        self._weights = self.scalarization.weights(names)
-        self._levels = self.scalarization.levels(names)
+        others = [k for k, task in enumerate(self.tasks) if task != price]
+        names = [self.tasks[k] for k in others]
+        weights, levels = self.scalarization.weights(names), self.scalarization.levels(names)
+        # A task without weight has no say: its u_t = 0 would be the maximum wherever the others are below their levels.
+        kept = weights > 0
+        self.chosen = [k for k, has in zip(others, kept, strict=True) if has]
+        self._weights, self._levels = weights[kept], levels[kept]
 
     @property
     def row_names(self) -> Sequence[str]:
@@ -243,14 +246,14 @@ class Scalarized(MatrixProblem):
 
     @property
     def slack(self) -> float:
-        """By how much φ may be above the maximum that it smooths: μ log T."""
+        """By how much φ may be above the maximum that it smooths: μ log T, of the T tasks with a weight."""
         return self.scalarization.slack(len(self.chosen))
 
     def scaled(self, losses: Mapping[str, float]) -> Array:
-        """Return u [T], without the price of a constraint."""
+        """Return u of the tasks with a weight, without the price of a constraint."""
         values = np.array([losses[self.tasks[k]] for k in self.chosen])
-        # 0 · ∞ would be NaN: a task without weight has no say.
-        return np.where(self._weights > 0, self._weights * (values - self._levels), 0.0 * self._levels)
+        found: Array = self._weights * (values - self._levels)
+        return found
 
     def reduce(self, losses: Mapping[str, float]) -> float:
         """Return φ of the losses by task, and the price."""
@@ -259,7 +262,7 @@ class Scalarized(MatrixProblem):
         return self.scalarization.value(self.scaled(losses)) + sum(losses[self.tasks[k]] for k in self.priced)
 
     def pieces(self, evaluation: Evaluation) -> tuple[Array, Array]:
-        """Return u [T] and its scores [T, rows, n] from an evaluation by task, each with the price of a constraint."""
+        """Return u [T'] and its scores [T', rows, n] of the T' tasks with a weight, each with a constraint's price."""
         assert evaluation.task_scores is not None
         price = sum(evaluation.task_values[self.tasks[k]] for k in self.priced)
         tables = self._weights[:, None, None] * evaluation.task_scores[self.chosen]
@@ -267,7 +270,8 @@ class Scalarized(MatrixProblem):
 
     def slopes(self, losses: Mapping[str, float]) -> Array:
         """Return ∂φ/∂f_t [T]."""
-        found = np.ones(len(self.tasks))
+        found = np.zeros(len(self.tasks))
+        found[self.priced] = 1.0
         found[self.chosen] = self._weights * self.scalarization.slopes(self.scaled(losses))
         return found
 
@@ -329,15 +333,19 @@ class ScalarizedLine:
 def worst_gap(result: Any) -> float | None:
     """Return by how much the largest u_t of a scalarized result may be above the least possible, if losses are convex.
 
-    The gap, and what smoothing adds to it; None without a gap, and for results that no maximum was minimized for.
+    The gap, and what smoothing adds to it, and what a bound does, of which the gap is that of the Lagrangian; None
+    without a gap, and for results that no maximum was minimized for.
     """
     about = result.described_objective
     spec = about.get("scalarization")
     if spec is None or result.gap is None or not isinstance(made := make_scalarization(spec), Maximum):
         return None
     tasks = list(result.tasks)
-    scaled = made.weights(tasks) * (np.array(list(result.tasks.values())) - made.levels(tasks))
-    return float(scaled.max() - made.value(scaled) + result.gap + about["slack"])
+    weights = made.weights(tasks)
+    kept = weights > 0
+    scaled = weights[kept] * (np.array(list(result.tasks.values())) - made.levels(tasks))[kept]
+    above = scaled.max() - made.value(scaled) + result.gap + about["slack"]
+    return float(above + getattr(result, "complementarity", 0.0))
 
 
 def is_number(value: object) -> bool:

@@ -136,3 +136,12 @@ def test_a_discrete_mask_keeps_or_drops_and_without_adaptation_it_is_task_arithm
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(OptionError, match=f"The '{next(iter(wrong))}' parameter of Concrete must be"):
         Concrete(**wrong)
+
+
+def test_coefficients_outside_the_domain_are_refused_before_a_mask_is_learned(pool, entropy, tmp_path):
+    def told(iteration, loss):
+        raise AssertionError("a mask is being learned")
+
+    with pytest.raises(OptionError, match="starting point"):
+        concrete_merge(pool, entropy, tmp_path / "mask", domain="simplex", options=Concrete(scale=0.6), progress=told)
+    assert not (tmp_path / "mask").exists()

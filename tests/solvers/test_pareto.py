@@ -136,6 +136,7 @@ def test_the_front_of_a_surrogate_is_the_front_where_losses_are_quadratic(many, 
 
 def test_preferences_and_references_that_do_not_fit_are_named(many):
     problem = many(0, 2, rows=1)
+    before = problem.counts.gradients
     for preferences, match in (
         (0, "at least 1 division"),
         ([[1, 1, 1]], r"\[K, 2\]"),
@@ -146,6 +147,14 @@ def test_preferences_and_references_that_do_not_fit_are_named(many):
             pareto_front(problem, preferences)
     with pytest.raises(OptionError, match="no task"):
         pareto_front(problem, 1, Plan(max_iter=1), reference={"other": 1.0})
+    with pytest.raises(OptionError, match="finite loss for each task. Got inf for 'task0'"):
+        pareto_front(problem, 1, Plan(max_iter=1), reference={"task0": np.inf})
+    for reference in ({"other": 1.0}, {"task1": np.nan}):
+        with pytest.raises(OptionError, match="reference"):
+            surrogate_front(problem, 1, reference=reference)
+    with pytest.raises(OptionError, match="matrix"):
+        surrogate_front(problem, [[1.0]])
+    assert problem.counts.gradients == before
     with pytest.raises(OptionError, match="needs run=FOLDER"):
         pareto_front(problem, resume=True)
     with pytest.raises(OptionError, match="holds no front"):

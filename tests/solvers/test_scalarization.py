@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,28 @@ def test_chebyshev_points_are_pareto_optimal(many):
         found = problem.evaluate(result.coefficients, tasks=True)
         assert result.status == "optimal"
         assert mgda.certificate(problem, result.coefficients, found).gap <= 1e-4
+
+
+@pytest.mark.parametrize("solver", ["projected-gradient", "minimax"])
+def test_a_task_without_weight_has_no_say_even_where_the_others_are_below_their_ideal(solver, many):
+    problem = many(2, 3)
+    only = Chebyshev(preferences={"task0": 1.0, "task1": 0.0, "task2": 0.0}, ideal={"task0": 100.0})
+    scalarized = Scalarized(problem, only)
+    result = solve(scalarized, solver, max_iter=300, tol=1e-7)
+    alone = solve(Scalarized(problem, WeightedSum({"task1": 0.0, "task2": 0.0})), "projected-gradient", max_iter=300)
+    assert result.tasks["task0"] == pytest.approx(alone.tasks["task0"], abs=1e-6)
+    assert result.objective == pytest.approx(result.tasks["task0"] - 100.0)
+    assert scalarized.slack == 0.0
+    assert worst_gap(result) == pytest.approx(result.gap, abs=1e-12)
+
+
+def test_the_bound_of_a_constrained_worst_task_counts_the_complementarity():
+    """f(Λ) − f* ≤ gap + |μ (g − ε)|, and the gap is that of the Lagrangian."""
+    about = {"scalarization": {"name": "worst", "smoothing": 0.0}, "slack": 0.0}
+    plain = SimpleNamespace(described_objective=about, gap=0.1, tasks={"one": 1.0, "two": 2.0})
+    bounded = SimpleNamespace(**vars(plain), complementarity=0.25)
+    assert worst_gap(plain) == pytest.approx(0.1)
+    assert worst_gap(bounded) == pytest.approx(0.35)
 
 
 def test_preferences_move_the_point_toward_the_preferred_task(many):
