@@ -17,11 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from .constraints import Coefficient, Comparison, ConstraintError, Linear, Mean, Over, Span, expand, linear, scaled
+from .constraints import (
+    Coefficient,
+    Comparison,
+    ConstraintError,
+    Linear,
+    Mean,
+    Over,
+    Span,
+    check_size,
+    expand,
+    linear,
+    scaled,
+)
 from .errors import OptionError
 
 Array = np.ndarray[Any, Any]
 MOST_ENTRIES = 20_000_000  # numbers that one constraint may become
+ROUNDING = 1e-13  # of the factors of a constraint, relative to their sum
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,7 @@ def bind(constraint: Comparison, source: int, names: Names) -> list[Local | Coup
     """The rows of a constraint. Raises ConstraintError for names that are not there, and for what says nothing."""
     text = constraint.text or str(constraint)
     forms = linear(constraint)
+    check_size(forms, text)
     repeated = next(
         (leaf for f in forms for _, leaf in f.terms if isinstance(leaf, Over) and leaf.function == "each"), None
     )
@@ -178,7 +192,13 @@ def _inside(form: Linear, names: Names, text: str) -> tuple[Array, float]:
     for weight, leaf in form.terms:
         assert not isinstance(leaf, Mean)
         total += weight * _weights(leaf, names, text, None)
-    return total, form.constant
+    return _without_rounding(total, form), form.constant
+
+
+def _without_rounding(weights: Array, form: Linear) -> Array:
+    """What is left where terms cancel, as in 0.1*a + 0.2*a - 0.3*a, is 0 and no weight."""
+    size = math.fsum(abs(weight) for weight, _ in form.terms)
+    return np.where(np.abs(weights) <= ROUNDING * size, 0.0, weights)
 
 
 def _rows(
@@ -216,6 +236,7 @@ def _rows(
         elif len(chosen) > 1:
             raise ConstraintError(text, leaf.at, "of which block? The other terms name blocks that differ.")
         here += weights
+    here = _without_rounding(here, form)
     if not fixed:
         return [_local(here, where, low, high, source, text)]
     rows = np.concatenate([np.repeat(rows, n) for rows, _ in fixed])
@@ -258,6 +279,7 @@ def _tied(form: Linear, source: int, names: Names, text: str, column: int | None
     for weight, leaf in form.terms:
         assert not isinstance(leaf, Mean)
         weights += weight * _weights(leaf, names, text, column)
+    weights = _without_rounding(weights, form)
     if not weights.any():
         raise ConstraintError(text, (0, len(text)), "its terms cancel, so it says nothing.")
     used = np.flatnonzero(weights)

@@ -33,6 +33,7 @@ EXAMPLES = (
 )
 RESERVED = ("sum", "mean", "each", "count", "same")
 DEEPEST, LONGEST = 40, 200  # nested parentheses; operators in one constraint
+SMALLEST, LARGEST = 1e-6, 1e6  # factors of coefficients
 
 _NAME = re.compile(r"[^\W\d][\w.]*(?:-[^\W\d][\w.]*)*")
 _PATTERN = re.compile(r"[\w.*?-]+")
@@ -445,6 +446,21 @@ def linear(constraint: Comparison) -> tuple[Linear, ...]:
     if not all(math.isfinite(x) for form in forms for x in (form.constant, *(weight for weight, _ in form.terms))):
         raise ConstraintError(text, whole, "its numbers are too large.")
     return forms
+
+
+def check_size(forms: tuple[Linear, ...], text: str) -> None:
+    """Raise ConstraintError for factors so large or small that a constraint could not hold to 1e-9, or always would."""
+    leaves = [leaf for form in forms for _, leaf in form.terms]
+    inner = tuple(expand(leaf.inner, text, inside=True) for leaf in leaves if isinstance(leaf, Mean))
+    factors = [abs(weight) for form in (*forms, *inner) for weight, _ in form.terms if weight]
+    constants = [abs(form.constant) for form in (*forms, *inner)]
+    if not all(SMALLEST <= factor <= LARGEST for factor in factors) or max(constants) > LARGEST:
+        raise ConstraintError(
+            text,
+            (0, len(text)),
+            f"its numbers are too large or too small: factors lie between {SMALLEST:g} and {LARGEST:g}, since a "
+            "constraint holds to 1e-9. Divide it by a number that brings them near 1.",
+        )
 
 
 def expand(expression: Expression, text: str, *, inside: bool = False) -> Linear:

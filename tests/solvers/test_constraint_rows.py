@@ -102,6 +102,13 @@ def test_only_what_couples_blocks_is_a_coupling(names):
         ("digits[layer.1] + chess == digits[head]", "of which block?"),
         ("digits[head] + chess == same", "name the same blocks"),
         ("digits - digits <= 1", "cancel"),
+        ("1e-10 * digits >= 5e-10", "factors lie between 1e-06 and 1e+06"),
+        ("1e300 * digits + chess <= 1e300", "factors lie between"),
+        ("mean(digits/1e9) <= 1", "factors lie between"),
+        ("digits >= 1e25", "factors lie between"),
+        ("0.1*digits + 0.2*digits - 0.3*digits <= 0", "cancel"),
+        ("mean(0.1*digits + 0.2*digits - 0.3*digits) <= 0", "cancel"),
+        ("0.1*digits + 0.2*digits - 0.3*digits == same", "cancel"),
         ("digits[layer.1] - digits[layer.1] + digits[head] - digits[head] <= 1", "cancel"),
     ],
 )
