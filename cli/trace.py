@@ -77,7 +77,9 @@ def command(
     else:
         names = _default_columns(every_column, experts, layers)
         shown = [{name: row[name] for name in names} for row in rows]
-    if every_column and not rows:
+    if not every_column:
+        note(f"run '{read.name}' has made no iteration yet")
+    elif not rows:
         note(f"none of the {len(every_column)} iterations is asked for: --from, --to, --every and --where leave none")
     if out:
         export(shown, names, Path(out))

@@ -40,7 +40,10 @@ class Grid:
         table = Table(title=self.title or None, title_justify="left", header_style="bold", box=SIMPLE, pad_edge=False)
         for k, name in enumerate(self.header):
             table.add_column(
-                name, justify="left" if k in self.text else "right", overflow="fold", no_wrap=k not in self.text
+                name.replace("[", r"\["),
+                justify="left" if k in self.text else "right",
+                overflow="fold",
+                no_wrap=k not in self.text,
             )
         for i, row in enumerate(self.rows):
             cells = [cell.replace("[", r"\[") for cell in row]

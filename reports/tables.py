@@ -99,7 +99,8 @@ class AccuracyTable:
         table = Table(title=self.title or None, title_justify="left", header_style="bold", box=SIMPLE, pad_edge=False)
         for name in self._header():
             text = name in ("method", "data")
-            table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+            escaped = name.replace("[", r"\[")
+            table.add_column(escaped, justify="left" if text else "right", overflow="fold", no_wrap=not text)
         cells = [self._cells(row) for row in self.rows]
         groups = [row.group for row in self.rows]
         best = self._best(cells, groups)
@@ -173,7 +174,8 @@ def listing(
     """A plain table; columns in `numeric` are right aligned."""
     table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for k, name in enumerate(header):
-        table.add_column(name, justify="right" if k in numeric else "left", overflow="fold")
+        escaped = name.replace("[", r"\[")
+        table.add_column(escaped, justify="right" if k in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     return table

@@ -88,8 +88,9 @@ def wide(run: Run, *, experts: Sequence[str] | None = None, layers: Sequence[str
         for key in dict.fromkeys(key for record in run.records for key in _leaves(record.get(group)))
     }
     rows = []
-    for record in run.records:
+    for k, record in enumerate(run.records):
         row: Row = {name: record.get(name) for name in SCALARS}
+        row["iteration"] = record.get("iteration", k)
         row["vertices"] = "; ".join(f"{name} {share:.4g}" for name, share in run.choices(record).items()) or None
         row |= {name: _leaves(record.get(group)).get(key) for name, (group, key) in nested.items()}
         matrix = record.get("coefficients")

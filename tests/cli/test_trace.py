@@ -58,6 +58,14 @@ def test_where_nothing_is_left_it_says_so(solved, run):
     assert "leave none" in shown.stderr
 
 
+def test_a_run_that_has_only_begun_says_so(run):
+    Path("begun").mkdir()
+    Path("begun/trace.jsonl").write_text(json.dumps({"schema": 1, "experts": ["a"], "layers": ["l"]}) + "\n")
+    shown = run("trace", "begun")
+    assert shown.exit_code == 0
+    assert "no iteration yet" in shown.stderr
+
+
 def test_a_long_trace_is_thinned_on_the_terminal_and_says_so(run):
     Path("r").mkdir()
     header = {"schema": 1, "experts": ["a"], "layers": ["l"]}

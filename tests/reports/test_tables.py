@@ -62,6 +62,8 @@ def test_json_is_strict_and_holds_plain_numbers():
 def test_plain_tables_print_brackets_as_they_are():
     assert "[layer]" in text(pairs({"blocks": "2 [layer]"}))
     assert "[x]" in text(listing(("name",), [("[x]",)]))
+    assert "[bold]" in text(listing(("run[bold]",), []))
+    assert "[red]" in text(AccuracyTable(["task[red]"], ROWS).rich())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mergesolve.reports import RunError, read_run
+from mergesolve.reports import Run, RunError, read_run
 from mergesolve.reports.traces import LONG, Condition, export, long, pick, select, wide
 from mergesolve.solvers import SOLVERS, FunctionProblem, OptionError, make_solver, solve
 
@@ -92,6 +92,11 @@ def test_wide_rows_hold_the_records(write_run):
         assert row["scores.first.a"] is None  # a trace from before scores were recorded
     assert rows[0]["vertices"] == "a 0.75; base 0.25"
     assert rows[-1]["vertices"] is None
+
+
+def test_records_without_a_number_count_by_their_place():
+    run = Run("r", None, ("a",), ("l",), ({"value": 1.0}, {"value": 0.5}))
+    assert [row["value"] for row in select(wide(run), first=1)] == [0.5]
 
 
 def test_long_rows_are_the_matrices_entry_by_entry(write_run):
