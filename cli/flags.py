@@ -247,6 +247,8 @@ def recipe_from(flags: Mapping[str, Any], recipe_file: str | None, *, test: bool
 
         over["subject_to"] = bound_fields(flags["subject_to"])
     if flags.get("rounds") is not None:
+        if not (flags.get("subject_to") or fields.get("subject_to")):
+            raise UsageProblem("--rounds is of a bound, and there is none. Add --subject-to, or leave it out.")
         over["subject_to"] = {**over.get("subject_to", {}), "rounds": flags["rounds"]}
     if flags.get("blocks"):
         blocks = flags["blocks"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .names import UsageProblem, choose
+from .names import UsageProblem, choose, unknown
 from .objective import check_objectives, make_objective
 from .recipe import BoundPart, Choice, Recipe
 
@@ -56,8 +56,13 @@ def check_many(recipe: Recipe) -> None:
             made.levels(names)
     if recipe.subject_to is not None:
         part = recipe.subject_to
+        tasks = [task.name for task in recipe.tasks]
         for name in part.tasks:
-            choose("task", name, [task.name for task in recipe.tasks], where="subject_to")
+            if name not in tasks and part.objective is None:  # it may have been meant for either
+                from ..objectives.registry import OBJECTIVES
+
+                raise unknown("task or objective", name, [*tasks, *OBJECTIVES], where="subject_to")
+            choose("task", name, tasks, where="subject_to")
         for each in parts_of(recipe):
             check_objectives(each)
 

@@ -84,6 +84,10 @@ def _check(choice: Choice, recipe: Recipe) -> None:
             raise UsageProblem(
                 f"{where}: 'normalize_by' needs a loss that the experts have, too, and theirs is 0 here. Leave it out."
             )
+    weight = choice.options.get("weight", 1.0)
+    counts = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not (counts and math.isfinite(weight) and weight >= 0):
+        raise UsageProblem(f"{where}: 'weight' must be a finite number of at least 0; found {weight!r}.")
     sharpness = choice.options.get("sharpness")
     number = isinstance(sharpness, (int, float)) and not isinstance(sharpness, bool)
     if sharpness is not None and not (number and math.isfinite(sharpness) and sharpness > 0):

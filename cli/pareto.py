@@ -223,8 +223,13 @@ def _weights(text: str, option: str, names: list[str]) -> dict[str, float]:
     """TASK=NUMBER,... as numbers by task."""
     from .names import choose
 
-    fields = named_options(f"x:{text}", option)
+    try:
+        fields = named_options(f"x:{text}", option)
+    except UsageProblem:
+        raise UsageProblem(f"{option} '{text}': expected TASK=NUMBER,TASK=NUMBER,...") from None
     fields.pop("name")
+    if not fields:
+        raise UsageProblem(f"{option} '{text}': expected TASK=NUMBER,TASK=NUMBER,...")
     for name, value in fields.items():
         choose("task", name, names, where=f"{option} '{text}'")
         if isinstance(value, bool) or not isinstance(value, (int, float)):

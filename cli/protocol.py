@@ -193,9 +193,11 @@ def _not_test(split: str | None, where: str) -> None:
 
 def _check_data(part: TaskPart, where: str) -> None:
     _not_test(part.split, where)
-    if part.teacher is not None or part.weight != 1.0:
-        field = "weight" if part.teacher is None else "teacher"
-        raise UsageProblem(f"{where}: '{field}' of a task has no meaning in a federation. Leave it out.")
+    given = {"teacher": part.teacher is not None, "weight": part.weight != 1.0, "mixed": part.mixed is not None}
+    for field, found in given.items():
+        if found:
+            remedy = "Give it to the server's step (--set step.mixed=N)." if field == "mixed" else "Leave it out."
+            raise UsageProblem(f"{where}: '{field}' of a task has no meaning in a federation. {remedy}")
 
 
 CONTINUAL_CLIP: dict[str, Any] = {

@@ -10,6 +10,7 @@ without any inputs, half the squared distance to θ_0, plain or in the metric of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -19,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from ..pools import KINDS, Pool
-from ..solvers import Problem, Result, Solver, make_domain, make_solver, solve, start_point
+from ..solvers import PRESETS, Problem, Result, Solver, make_domain, make_solver, solve, start_point
 from ..solvers.constrained import ConstrainedResult, constraint_at, evaluate_lagrangian, repaired
 from ..solvers.construct import construct, describe
 from ..solvers.domains import Domain
@@ -33,7 +34,13 @@ from .step import Proposal, Round, ServerData, ServerStep
 Array = np.ndarray[Any, Any]
 Spec = Mapping[str, Any]
 LABELLED, UNLABELLED, TEACHERS, WEIGHTS = "labelled", "unlabelled", "teachers", "weights"
-OBJECTIVES = {"cross-entropy": LABELLED, "entropy": UNLABELLED, "distillation": TEACHERS, "proximity": WEIGHTS}
+OBJECTIVES = {
+    "cross-entropy": LABELLED,
+    "accuracy": LABELLED,
+    "entropy": UNLABELLED,
+    "distillation": TEACHERS,
+    "proximity": WEIGHTS,
+}
 """Objectives of a server, and what they take: labelled samples a client, inputs a client, or the models alone.
 
 "proximity" is half the squared distance to the clients' average, which is as near to all of them as can be.
@@ -102,6 +109,7 @@ class SolveStep(ServerStep):
 
     objective: of `OBJECTIVES`, with options such as batch_size. blocks, domain, solver, start, max_iter, tol: as in
     `mergesolve.solvers`. prepare: selection and transforms of the clients' models. origin: make θ_0 a vertex.
+    mixed: distil on this many inputs a client, what the server holds and mixtures of two of it, drawn anew each round.
     """
 
     objective: Spec = field(default_factory=lambda: {"name": "distillation"})
@@ -113,6 +121,7 @@ class SolveStep(ServerStep):
     tol: float = 1e-6
     retention: Retention | None = None
     origin: bool = False
+    mixed: int | None = None
     prepare: Preparation = field(default_factory=Preparation)
     name: str = "solve"
     source: ClassVar[str] = "Frank-Wolfe merging (Chen et al. 2025), AdaMerging (Yang et al. 2024), as server steps"
@@ -133,6 +142,13 @@ class SolveStep(ServerStep):
             object.__setattr__(self, "retention", construct("retention", {"retention": Retention}, given))
         check_number(self, "max_iter", 0, np.inf, integer=True)
         check_number(self, "tol", 0, np.inf, closed="left")
+        if self.mixed is not None:
+            check_number(self, "mixed", 1, np.inf, integer=True)
+            if OBJECTIVES[spec["name"]] != TEACHERS:
+                raise FederationError(
+                    f"the server step {self.name!r}: 'mixed' inputs have no labels, so only an objective with teachers "
+                    "can judge them. Take the objective 'distillation', or leave 'mixed' out."
+                )
         if isinstance(self.blocks, str) and self.blocks not in KINDS:
             raise unknown("kind of blocks", self.blocks, KINDS)
         if not isinstance(self.start, str):
@@ -180,6 +196,8 @@ class SolveStep(ServerStep):
         if kind != LABELLED:
             tasks = [task.without_labels() for task in tasks]
         if kind == TEACHERS:
+            if self.mixed is not None:
+                tasks = [task.mixed(self.mixed, seed) for task in tasks]
             # A client that is absent keeps what θ_t knows of its task: nothing is lost.
             options["teachers"] = {
                 data.tasks[client].name: _teacher(round, client if client in clients else None)
@@ -298,7 +316,7 @@ class SolveStep(ServerStep):
         found = {
             "objective": result.objective,
             "gap": result.gap,
-            "stationarity": result.stationarity,
+            "stationarity": result.stationarity if math.isfinite(result.stationarity) else None,  # without gradients
             "status": result.status,
             "iterations": result.nit,
             **details,
@@ -322,6 +340,8 @@ class SolveStep(ServerStep):
             "tol": self.tol,
             "retention": None if self.retention is None else _plain(self.retention),
             "origin": self.origin,
+            # Absent where no one asked for it, so that runs from before it go on.
+            **({} if self.mixed is None and "mixed" not in PRESETS.get(self.name, {}) else {"mixed": self.mixed}),
             **self.prepare.describe(),
         }
 

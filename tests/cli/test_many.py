@@ -86,6 +86,8 @@ def test_the_worst_task_is_minimized_smoothed_or_as_it_is(tiny, run):
         (("--scalarize", "chebyshev:preferences={rad: 2}"), "Did you mean 'red'"),
         (("--scalarize", "worst", "--solver", "mgda"), "weighs the tasks itself"),
         (("--subject-to", "rad <= 1"), "Did you mean 'red'"),
+        (("--subject-to", "retension <= 1"), "unknown task or objective 'retension'. Did you mean 'retention'"),
+        (("--rounds", "3"), "--rounds is of a bound"),
         (("--subject-to", "red, green, blue <= 1"), "nothing is left to minimize"),
         (("--subject-to", "red 1"), "expected TASK <= NUMBER"),
         (("--subject-to", "red <= 1", "--solver", "mgda"), "price of a constraint"),

@@ -113,6 +113,12 @@ def test_teachers_judge_mixtures_and_labels_stay_with_the_images(setup):
         ({"name": "distillation", "normalize_by": "expert"}, {}, "needs a loss that the experts have, too, and theirs"),
         ({"name": "proximity", "metric": 3}, {}, "unknown option of the objective 'proximity': 'metric'.*center"),
         ({"name": "cross-entropy", "smoothing": 0.1}, {}, "Did you mean 'label_smoothing'"),
+        (
+            ({"name": "entropy", "weight": "many"}, "cross-entropy"),
+            {},
+            "'weight' must be a finite number of at least 0",
+        ),
+        (({"name": "entropy", "weight": -1}, "cross-entropy"), {}, "objective 'entropy': 'weight'.* found -1"),
         ("weighted-sum", {}, "unknown objective 'weighted-sum'"),
     ],
 )

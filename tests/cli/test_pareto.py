@@ -61,6 +61,8 @@ def test_a_surrogate_tells_its_error_beside_true_losses(two, run):
     [
         (("--preference", "rad=1"), "unknown task 'rad'"),
         (("--preference", "blue=1", "--divisions", 3), "two ways"),
+        (("--preference", "blue"), "--preference 'blue': expected TASK=NUMBER"),
+        (("--reference", ""), "--reference '': expected TASK=NUMBER"),
         (("--samples", 3), "Add --surrogate"),
         (("--solver", "mgda"), "weighs tasks itself"),
         (("--divisions", 0), "at least 1 division"),

@@ -117,6 +117,7 @@ WRONG = {
     "absent in no round": (client(absent=[2, 0]), ["client 'a'", "'absent' must be at least 1"]),
     "fault in no round": (client(fault={"kind": "huge", "rounds": [0]}), ["client 'a'", "'rounds' must be at least 1"]),
     "field of the data": (client(data={"name": "a", "nps": "x"}), ["nps", "Did you mean 'npz'?"]),
+    "mixed": (client(data={"name": "a", "mixed": 30}), ["client 'a'", "'mixed'", "step.mixed=N"]),
     "teacher": (client(data={"name": "a", "teacher": "b"}), ["client 'a'", "'teacher'", "Leave it out"]),
     "weight": (client(data={"name": "a", "weight": 2.0}), ["client 'a'", "'weight'", "Leave it out"]),
     "clients and a partition": ({"clients": ["a"], "partition": {"task": "b"}}, ["either clients or a partition"]),

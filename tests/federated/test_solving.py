@@ -298,6 +298,22 @@ def test_the_record_says_what_was_looked_at(
     assert (used["samples_seen"] > 0) == (objective != "proximity")
 
 
+def test_mixtures_are_what_teachers_judge_and_not_what_the_server_holds(
+    federation: Any, trained: Any, server_data: Any
+) -> None:
+    """54 samples of three clients in all, 40 inputs for each of them."""
+    spec = {"name": "solve", "objective": "distillation", "max_iter": 0}
+    plain = merged(federation.anchor, trained, spec, server_data)[1]
+    mixed = merged(federation.anchor, trained, {**spec, "mixed": 40}, server_data)[1]
+    assert (mixed["data"]["labelled"], mixed["data"]["unlabelled"]) == (0, 54)
+    assert plain["data"]["teacher_samples"] == 54
+    assert mixed["data"]["teacher_samples"] == 120
+    assert mixed["method"]["objective"] != plain["method"]["objective"]
+    few = make_step({"name": "few-shot", "mixed": None})
+    assert make_step(few.describe()) == few
+    assert "mixed" not in make_step("rows").describe()
+
+
 def test_labels_do_not_matter_to_objectives_without_them(federation: Any, trained: Any, server_data: Any) -> None:
     bare = dataclasses.replace(server_data, tasks={n: t.without_labels() for n, t in server_data.tasks.items()})
     for objective in ("distillation", "entropy"):
