@@ -35,7 +35,7 @@ from ..pools.operator import Matrix
 from ..pools.pool import Models
 from ..pools.sources import Scratch, Shape, Stored
 from ..pools.workers import Workers
-from ..solvers import Domain, Free, Problem, Result, solve
+from ..solvers import Box, Capped, Domain, Free, Problem, Result, Simplex, Sparse, solve
 from ..solvers.domains import indicator
 from .errors import FederationError
 
@@ -521,7 +521,19 @@ class Reachable(Domain):
     def _known(self, scores: Matrix) -> Matrix:
         """Return the scores with NEVER where a client is lost; one row of scores stands for all blocks together."""
         lost = self.pool.unreachable(self.blocks)
+        if lost.any() and not self._avoids():
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.pool.traffic.lost.items())
+            raise FederationError(
+                f"over the domain {self.name!r} a merge cannot go on without clients that were lost ({reasons}): what "
+                "it says of them is part of it. Leave them out and solve again, or take 'simplex', 'capped' or 'box'."
+            )
         return np.where(lost if len(scores) == len(lost) else lost.any(axis=0), NEVER, scores)
+
+    def _avoids(self) -> bool:
+        """Whether a coefficient may always be 0, and is where the score is NEVER."""
+        if isinstance(self.inner, Box):
+            return self.inner.lower == 0
+        return isinstance(self.inner, (Simplex, Capped, Sparse))
 
     def _arrives(self, chosen: Matrix) -> bool:
         """Whether nobody is lost while this is fetched [rows or 1, n]."""

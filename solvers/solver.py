@@ -168,7 +168,9 @@ def require_oracle(problem: MatrixProblem) -> None:
             f"Frank-Wolfe moves along segments between points of the domain, and those leave {problem.domain.name!r}, "
             "which is not convex. Use 'projected-gradient', which projects each step."
         )
-    problem.domain.minimizer(np.zeros((problem.rows, problem.n)))
+    nothing = np.zeros((problem.rows, problem.n))
+    if problem.domain.gap(nothing, nothing) is None:  # no gap, no oracle; asked first, since a choice may cost uploads
+        problem.domain.minimizer(nothing)
 
 
 def require_vertices(solver: str, problem: MatrixProblem) -> None:

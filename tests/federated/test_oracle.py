@@ -7,7 +7,7 @@ from mergesolve.federated import FederationError
 from mergesolve.federated.oracle import NEVER, LocalScorer, RemotePool, RemoteProblem, federated_frank_wolfe
 from mergesolve.objectives import CrossEntropy, ModuleModel, Task
 from mergesolve.pools import Pool
-from mergesolve.solvers import OptionError, Polytope, Problem, SoftFrankWolfe, Sparse, solve
+from mergesolve.solvers import Box, OptionError, Polytope, Problem, SoftFrankWolfe, Sparse, solve
 from torch import nn
 
 RULES = [
@@ -370,6 +370,32 @@ def test_a_domain_stays_what_it_is_when_its_oracle_fetches(federation):
     assert "it breaks 'bea <= 0.1'" in tied.domain.breach(point, 0)
     with pytest.raises(OptionError, match="unknown expert 'ada'"):
         tied.domain.bind(("bea", "cyd", "dov", "eve"), tied.row_names)
+
+
+@pytest.mark.parametrize("domain", [Polytope("capped", ["bea <= 0.2", "sum(ada, cyd) <= 0.5"]), "l1-ball", Box(-1, 1)])
+def test_domains_that_cannot_leave_a_lost_client_out_say_so(federation, domain):
+    anchor, models, objective = federation
+    with pytest.raises(FederationError, match=r"without clients that were lost \(cyd: .*gone.*Leave them out"):
+        federated_frank_wolfe(anchor, faulty(anchor, models, "cyd", scores=0), objective, domain=domain)
+
+
+def test_constraints_give_the_iterates_of_full_uploads(federation):
+    anchor, models, objective = federation
+    domain = Polytope("capped", ["bea <= 0.2", "sum(ada, cyd) <= 0.5"])
+    expected = solve(central(*federation, "layer", domain), "frank-wolfe", start="base", max_iter=3, tol=0)
+    found, _, traffic = federated_frank_wolfe(
+        anchor, clients(anchor, models), objective, domain=domain, max_iter=3, tol=0
+    )
+    assert_same_run(found, expected)
+    assert not {"dov", "eve"} & set(traffic.uploads)
+
+
+def test_asking_whether_there_is_an_oracle_uploads_nothing(federation):
+    anchor, models, objective = federation
+    _, _, traffic = federated_frank_wolfe(
+        anchor, clients(anchor, models), objective, domain="simplex", start="expert:bea", max_iter=0, tol=0
+    )
+    assert set(traffic.uploads) == {"bea"}
 
 
 @pytest.mark.parametrize("options", [{"scores": 0}, {"uploads": 0}])
