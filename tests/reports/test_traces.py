@@ -55,11 +55,11 @@ def test_every_key_that_a_run_writes_is_documented(written):
 
 
 def test_every_documented_key_is_written(written):
-    """backend is written over a pool only, outer by the outer loop of a constrained solve only."""
+    """backend is written over a pool only, outer and inner by the outer loop of a constrained solve only."""
     heads = {key for head, _ in written.values() for key in head}
     keys = {key for _, lines in written.values() for line in lines for key in line}
     assert set(documented("### Header")) - {"backend"} == heads
-    assert set(documented("### Record")) - {"outer", "extra"} == keys - {"extra"}
+    assert set(documented("### Record")) - {"outer", "inner", "extra"} == keys - {"extra"}
 
 
 def test_the_documented_keys_of_extra_are_those_that_solvers_write(written):
