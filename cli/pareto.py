@@ -120,7 +120,9 @@ def _solve(
     _check(recipe)
     setup = Setup(recipe)
     setup.check_names()
-    names = [part.name for part in recipe.tasks]
+    about = recipe.objectives[0].options.get("tasks") if len(recipe.objectives) == 1 else ()
+    # Of several objectives, or of one about some tasks, the losses have names of their own.
+    names = [part.name for part in recipe.tasks] if about is None else list(setup.problem.tasks)
     preferences = _preferences(options, names)
     reference = _weights(options["reference"], "--reference", names) if "reference" in options else None
     method = {name: options[name] for name in ("method", "smoothing") if name in options}
@@ -137,6 +139,11 @@ def _solve(
             "--samples says how many gradients a surrogate is fitted to. Add --surrogate, or leave it out."
         )
     problem = setup.problem
+    if len(problem.tasks) < 2:
+        raise UsageProblem(
+            f"a front is between losses, and the objective has one alone: {problem.tasks[0]}. Take an objective about "
+            "more tasks, or a list of objectives."
+        )
     complete = setup.resolved()
 
     def tell(done: int, total: int, name: str) -> None:

@@ -194,10 +194,10 @@ def _not_test(split: str | None, where: str) -> None:
 def _check_data(part: TaskPart, where: str) -> None:
     _not_test(part.split, where)
     given = {"teacher": part.teacher is not None, "weight": part.weight != 1.0, "mixed": part.mixed is not None}
-    for field, found in given.items():
+    for name, found in given.items():
         if found:
-            remedy = "Give it to the server's step (--set step.mixed=N)." if field == "mixed" else "Leave it out."
-            raise UsageProblem(f"{where}: '{field}' of a task has no meaning in a federation. {remedy}")
+            remedy = "Give it to the server's step (--set step.mixed=N)." if name == "mixed" else "Leave it out."
+            raise UsageProblem(f"{where}: '{name}' of a task has no meaning in a federation. {remedy}")
 
 
 CONTINUAL_CLIP: dict[str, Any] = {

@@ -287,12 +287,24 @@ def _about(run: Run) -> list[tuple[str, str]]:
         ("solver", _options(result.get("solver") or header.get("solver"))),
         ("domain", _options(result.get("domain") or header.get("domain"))),
         ("objective", str(objective or "")),
+        ("constraint", _constraint(result)),
         ("blocks", _blocks(header.get("blocks") or result.get("blocks"), header.get("rows"))),
         ("backend", str(header.get("backend") or "")),
         ("seed", str(header["seed"]) if header.get("seed") is not None else ""),
         ("pool", str(header.get("fingerprint") or result.get("fingerprint") or "")[:16]),
     ]
     return [(name, text) for name, text in rows if text]
+
+
+def _constraint(result: Mapping[str, Any]) -> str:
+    """What a constrained solve says of its bound: `0.021, at most 0.02 (violation 0.001, price 1.5)`."""
+    if result.get("bound") is None:
+        return ""
+    value, bound, violation, price = (
+        "–" if (digits := _digits(result.get(key))) is None else str(digits)
+        for key in ("constraint", "bound", "violation", "multiplier")
+    )
+    return f"{value}, at most {bound} (violation {violation}, price {price})"
 
 
 def _options(described: Any) -> str:

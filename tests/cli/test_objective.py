@@ -145,6 +145,16 @@ def test_the_command_mixes_inputs_and_counts_the_real_ones(run, zoo):
     assert "--objective distillation" in refused.stderr
 
 
+def test_what_teachers_saw_adds_up_over_resumed_parts(run, zoo):
+    flags = ["--limit", 5, "--objective", "distillation", "--tol", 0, "--no-figures", "--run", "r"]
+    assert run("solve", "--zoo", "--task", "red", *flags, "--max-iter", 1).exit_code == 0
+    resumed = run("solve", "--resume", "r", "--max-iter", 2, "--no-figures")
+    assert resumed.exit_code == 0, resumed.stderr
+    data = json.loads(Path("r/result.json").read_text())["data"]
+    assert data["teacher_samples"] == 10
+    assert data["samples_seen"] == data["gradient_samples"] + data["value_samples"] + data["teacher_samples"]
+
+
 def test_a_mask_is_found_beside_the_recipe_and_named_in_full_in_the_run(tiny, tmp_path, run):
     base = load_file(tiny / "base.safetensors")
     (tmp_path / "masks").mkdir()

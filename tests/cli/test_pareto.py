@@ -79,6 +79,25 @@ def test_mistakes_are_told_and_leave_nothing(flags, match, two, run, tmp_path):
     assert run("pareto", "--resume", "front").exit_code == 2
 
 
+def test_losses_of_several_objectives_are_preferred_by_their_own_names(two, run, tmp_path):
+    import yaml
+
+    fields = yaml.safe_load(two.read_text())
+    first, second = (task["name"] for task in fields["tasks"])
+    fields["objective"] = [{"name": "cross-entropy"}, {"name": "entropy", "tasks": [first], "weight": 0.5}]
+    two.write_text(yaml.safe_dump(fields))
+    asked = ("--preference", f"{second}=1,{first} (2)=3", "--blocks", "model", "--max-iter", 1, "--no-figures")
+    done = run("pareto", two, *asked, "--out", "front")
+    assert done.exit_code == 0, done.stderr
+    front = Front.load("front")
+    assert front.tasks == (first, second, f"{first} (2)")
+    np.testing.assert_allclose(front.preferences, [[0, 0.25, 0.75]])
+    alone = run("pareto", two, "--set", "objective={name: entropy, tasks: [" + first + "]}", "--out", "one")
+    assert alone.exit_code == 2
+    assert f"has one alone: {first}" in alone.stderr
+    assert not (tmp_path / "one").exists()
+
+
 def test_resume_takes_nothing_beside_it(run):
     result = run("pareto", "--resume", "front", "--divisions", 3)
     assert result.exit_code == 2

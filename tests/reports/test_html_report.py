@@ -158,6 +158,16 @@ def test_choices_are_counted_over_all_records(write_run):
     assert chosen["base"]["share"] == 0.25
 
 
+def test_the_bound_of_a_constrained_run_is_told_with_its_price(write_run):
+    folder = write_run()
+    assert "constraint" not in dict(data_of(render([read_run(folder)]))["runs"][0]["about"])
+    result = json.loads((folder / "result.json").read_text())
+    told = {"constraint": 0.0214, "bound": 0.02, "violation": 0.0014, "multiplier": 1.5}
+    (folder / "result.json").write_text(json.dumps({**result, **told}))
+    about = dict(data_of(render([read_run(folder)]))["runs"][0]["about"])
+    assert about["constraint"] == "0.0214, at most 0.02 (violation 0.0014, price 1.5)"
+
+
 def test_test_inputs_and_estimates_are_warned_of(write_run):
     folder = write_run(estimate=True)
     result = json.loads((folder / "result.json").read_text())

@@ -147,7 +147,7 @@ def test_preferences_and_references_that_do_not_fit_are_named(many):
             pareto_front(problem, preferences)
     with pytest.raises(OptionError, match="no task"):
         pareto_front(problem, 1, Plan(max_iter=1), reference={"other": 1.0})
-    with pytest.raises(OptionError, match="finite loss for each task. Got inf for 'task0'"):
+    with pytest.raises(OptionError, match=r"finite loss for each task\. Got inf for 'task0'"):
         pareto_front(problem, 1, Plan(max_iter=1), reference={"task0": np.inf})
     for reference in ({"other": 1.0}, {"task1": np.nan}):
         with pytest.raises(OptionError, match="reference"):
