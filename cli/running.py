@@ -270,6 +270,9 @@ def report(outcome: Outcome, *, as_json: bool, quiet: bool) -> int:
         "time_limit": "more time: --resume {folder} --time-limit SECONDS",
         "stalled": "another start, step rule or solver",
     }.get(result.status)
+    least = getattr(result, "least", None)
+    if least is not None and least > result.bound:  # type: ignore[attr-defined]
+        remedy = f"a larger bound: none below {number(least)} is held anywhere, if the constraint is convex"
     if remedy is not None and outcome.setup.solver.needs_scores:  # the others do not converge to a gap, they try
         reached = (
             f"gap {number(result.gap)}" if result.gap is not None else f"stationarity {number(result.stationarity)}"

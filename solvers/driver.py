@@ -44,7 +44,8 @@ from .trace import TraceFile, header, read_trace, record
 CHECKPOINT = "checkpoint.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
 STREAMING_CHECKPOINTS = 10
-RUNNING = ("samples_seen", "gradient_samples", "value_samples", "teacher_samples")  # of the data used: these add up over resumed parts
+# Of the data used, what adds up over resumed parts.
+RUNNING = ("samples_seen", "gradient_samples", "value_samples", "teacher_samples")
 Callback = Callable[[dict[str, Any]], None]
 
 MESSAGES = {

@@ -79,6 +79,15 @@ def test_the_worst_task_is_minimized_smoothed_or_as_it_is(tiny, run):
     np.testing.assert_array_equal(Result.load("again").coefficients, Result.load("worst").coefficients)
 
 
+def test_a_bound_that_is_proven_out_of_reach_is_not_answered_with_more_rounds(tiny, run):
+    flags = ("--subject-to", "retention <= -5", "--rounds", 2, "--max-iter", 3, "--run", "r")
+    result = run("solve", tiny / "recipe.yaml", *FAST, *flags)
+    assert result.exit_code == 0, result.stderr
+    assert ConstrainedResult.load("r").least > -5
+    assert "try a larger bound: none below" in result.stderr
+    assert "--rounds" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
