@@ -18,7 +18,7 @@ import torch
 import yaml
 from mergesolve.cli.app import main as application
 from mergesolve.cli.merging import MergeRecipe
-from mergesolve.cli.recipe import from_mapping
+from mergesolve.cli.recipe import from_mapping, from_yaml
 from mergesolve.cli.schema import parse
 from mergesolve.pools.spec import parse_spec
 from mergesolve.solvers import DOMAINS, PRESETS, SOLVERS, STATUSES, STEP_RULES, FunctionProblem, solve
@@ -87,7 +87,7 @@ def test_every_link_in_the_docs_leads_to_a_file_and_a_heading(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_recipe_in_the_docs_is_one(page):
     for block in blocks(page, "yaml"):
-        fields = yaml.safe_load(block)
+        fields = from_yaml(block)
         if "method" in fields:
             assert parse(MergeRecipe, fields, "recipe").pool.base
         elif "tasks" in fields:
