@@ -49,7 +49,15 @@ def test_scan_refuses_scales_outside_the_domain(merge):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_things_that_exist_and_fit(name, merge):
     preset = PRESETS[name]
-    assert set(preset) - {"pool", "mixed"} == {"summary", "objective", "blocks", "domain", "solver", "start", "max_iter"}
+    assert set(preset) - {"pool", "mixed"} == {
+        "summary",
+        "objective",
+        "blocks",
+        "domain",
+        "solver",
+        "start",
+        "max_iter",
+    }
     assert all(make_transform(spec) for spec in preset.get("pool", {}).get("transforms", ()))
     solver = dict(preset["solver"])
     if solver["name"].endswith("soft-frank-wolfe"):
