@@ -256,15 +256,17 @@ def descend(
     if setting.unoptimized:
         return unoptimized(setting, problem, start, budget)
     solver = make_solver(setting.solver)
-    best = None
+    best, lowest = start, np.inf
     for visit in iterate(problem, solver, solver.init(problem, start), max_iter=10_000, tol=0):
-        if problem.stochastic or best is None or visit.evaluation.value < best.evaluation.value:
-            best = visit
-        if objective.data_used["samples_seen"] >= budget:
+        if problem.stochastic or visit.evaluation.value < lowest:
+            best, lowest = visit.state.coefficients, visit.evaluation.value
+        if visit.step is not None and objective.data_used["samples_seen"] >= budget:
+            last = visit.step.state.coefficients
+            if problem.stochastic or problem.value(last) < lowest:
+                best = last
             break
-    assert best is not None
     used = {"iterations": visit.iteration, "samples": objective.data_used["samples_seen"], "gap": visit.certificate.gap}
-    return best.state.coefficients, problem, used
+    return best, problem, used
 
 
 def unoptimized(
